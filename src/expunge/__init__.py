@@ -1,0 +1,71 @@
+"""Expunge changes what a trained model knows, and proves it.
+
+    from expunge import Case, Training, audit, requests, unlearn
+
+    case = Case(model, data=(X, y), test=(X_test, y_test), request=requests.label(3), recipe=Training(epochs=30))
+    outcome = unlearn(case, "salun", density=0.5)
+    print(audit(case, outcome))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_FACE = {
+    "Case": "expunge.cases",
+    "TensorData": "expunge.cases",
+    "requests": "expunge.cases",
+    "forget_sets": "expunge.cases.forget_sets",
+    "load_model": "expunge.cases.loading",
+    "load_data": "expunge.cases.loading",
+    "Classification": "expunge.tasks",
+    "Regression": "expunge.tasks",
+    "Optimizer": "expunge.parts.plan",
+    "Plan": "expunge.parts.plan",
+    "Term": "expunge.parts.plan",
+    "Training": "expunge.parts.plan",
+    "parts": "expunge.parts",
+    "fit": "expunge.engine",
+    "Outcome": "expunge.methods.outcome",
+    "method": "expunge.methods",
+    "methods": "expunge.methods",
+    "protect": "expunge.methods.outcome",
+    "unlearn": "expunge.methods.outcome",
+    "Audit": "expunge.records.audit",
+    "audit": "expunge.records.audit",
+    "compare": "expunge.records.compare",
+    "verify": "expunge.records.certificate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module 'expunge' has no attribute '{name}'; it has {', '.join(sorted(_FACE))}")
+    place = _FACE[name]
+    module = importlib.import_module(place)
+    value = module if place.rsplit(".", 1)[-1] == name else getattr(module, name)
+    if place == "expunge.cases" and name == "requests":
+        value = importlib.import_module("expunge.cases.requests")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FACE])
+
+
+if TYPE_CHECKING:
+    from expunge.cases import Case as Case
+    from expunge.cases import TensorData as TensorData
+    from expunge.cases import requests as requests
+    from expunge.methods.outcome import Outcome as Outcome
+    from expunge.methods.outcome import unlearn as unlearn
+    from expunge.parts.plan import Optimizer as Optimizer
+    from expunge.parts.plan import Plan as Plan
+    from expunge.parts.plan import Term as Term
+    from expunge.parts.plan import Training as Training
+    from expunge.tasks import Classification as Classification
+    from expunge.tasks import Regression as Regression

@@ -1,0 +1,209 @@
+"""Carry out an action (plan, edit, guard, exact method) on a copy of the case's model, and record what happened."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.cases.case import Case
+from expunge.cases.data import Split
+from expunge.engine.checkpoint import Checkpointer
+from expunge.engine.distribution import Distribution
+from expunge.engine.loop import Trace, run_plan
+from expunge.engine.rundir import RunDirectory
+from expunge.engine.workbench import Workbench
+from expunge.errors import BadSetting, ChangedNothing, CollapsedUtility, UnmetNeed
+from expunge.files import digest_weights
+from expunge.parts.plan import Action, Edit, Exact, Guard, Plan, Protection, Training
+from expunge.parts.stops import Stop, UtilityFloor
+
+
+@dataclass
+class Result:
+    """model: the changed copy. trace: the loop's (empty for edits). proof: an exact method's numbers, else None."""
+
+    model: nn.Module
+    trace: Trace
+    seconds: float
+    peak_memory_mb: float
+    changed_fraction: float
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    proof: dict[str, Any] | None = None
+
+
+def execute(
+    action: Action,
+    case: Case,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    mixed_precision: str | None = None,
+    floor: float | None = None,
+    run: RunDirectory | None = None,
+    identity: str = "",
+    checkpoint_seconds: float = 30.0,
+    checkpoint_steps: int | None = None,
+    trackers: list[str] | None = None,
+    state: dict[str, Any] | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+    in_place: bool = False,
+) -> Result:
+    """Run `action` on a copy of `case.model` (the original is never changed, unless in_place) and return the copy.
+
+    floor: share of the original's utility on retain below which the best earlier state is restored; None turns it off.
+    run: an open run directory for metrics and checkpoints. state: what the method kept from an earlier request.
+    """
+    distribution = (
+        Distribution.make(device, mixed_precision, trackers, str(run.path) if run else None)
+        if device not in (None, "cpu") or mixed_precision or trackers or _launched()
+        else Distribution()
+    )
+    if trackers and distribution.accelerator is not None:
+        distribution.accelerator.init_trackers("expunge")
+    home = next(case.model.parameters(), torch.empty(0)).device
+    place = distribution.device if distribution.accelerator is not None else home
+    model = case.model if in_place else copy.deepcopy(case.model)
+    bench = Workbench(case, model.to(place), seed, place, state=dict(state or {}), report=report)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trace, proof = Trace(), None
+    threads_state = torch.random.get_rng_state()
+    start = time.perf_counter()
+    try:
+        if len(case.split("forget")) == 0:
+            trace.ended = "nothing to forget"
+        elif isinstance(action, Plan):
+            trace = _run_plan(action, bench, floor, run, identity, checkpoint_seconds, checkpoint_steps, distribution)
+        elif isinstance(action, Edit):
+            with torch.random.fork_rng(devices=[]):
+                action.apply(bench)
+            _check_floor(bench, floor, trace)
+        elif isinstance(action, Guard):
+            bench.model = action.wrap(bench)
+        elif isinstance(action, Exact):
+            bench.model = action.forget(bench)
+            proof = action.proof(bench, bench.model) if action.proof is not None else None
+        elif isinstance(action, Protection):
+            raise UnmetNeed(
+                "expected a method that answers a request, found one that acts before training; "
+                "use expunge.protect(case, method) to train a model with it"
+            )
+        else:
+            raise BadSetting(f"expected a Plan, Edit, Guard, Exact or Protection, found {type(action).__name__}; return one")
+    finally:
+        torch.random.set_rng_state(threads_state)
+        if trackers and distribution.accelerator is not None:
+            distribution.accelerator.end_training()
+    seconds = time.perf_counter() - start
+    result = bench.model.to(home)
+    changed = changed_fraction(case.model, result) if not in_place else float("nan")
+    if changed == 0 and len(case.split("forget")) and not isinstance(action, Guard):
+        bench.warn("the method left every weight as it was", ChangedNothing)
+    return Result(
+        result, trace, seconds, peak_memory_mb(), changed, bench.notes, bench.warnings, bench.state, proof
+    )  # fmt: skip
+
+
+def _run_plan(
+    plan: Plan, bench: Workbench, floor: float | None, run: RunDirectory | None, identity: str, seconds: float,
+    steps: int | None, distribution: Distribution,
+) -> Trace:  # fmt: skip
+    stop: Stop | None = UtilityFloor(floor) if floor is not None else None
+    checkpointer, log = None, None
+    if run is not None and distribution.is_main:
+        checkpointer = Checkpointer(run.path, identity, seconds, steps)
+        resumed = checkpointer.load()
+        run.start_metrics(resumed.history if resumed is not None else [])
+        log = run.log
+    if distribution.accelerator is not None and distribution.accelerator.log_with:
+        write, accelerator = log, distribution.accelerator
+
+        def log(entry: dict[str, Any]) -> None:
+            if write is not None:
+                write(entry)
+            accelerator.log(entry["losses"], step=entry["step"])
+
+    return run_plan(plan, bench, stop=stop, checkpointer=checkpointer, distribution=distribution, log=log)
+
+
+def _check_floor(bench: Workbench, floor: float | None, trace: Trace) -> None:
+    """One-shot edits have no earlier state but the original: below the floor, that is what comes back."""
+    if floor is None:
+        return
+    key = bench.task.utility
+    now, before = bench.evaluate("retain")[key], bench.evaluate("retain", bench.case.model)[key]
+    least = floor * before if before > 0 else before / floor
+    if not now >= least:
+        bench.model.load_state_dict(bench.case.model.state_dict())
+        trace.restored = True
+        trace.ended = f"utility on retain fell to {now:.4g}, below the floor {least:.4g} (original {before:.4g})"
+        bench.warn(trace.ended + "; the original was restored", CollapsedUtility)
+
+
+def fit(
+    case: Case, split: Split | str, seed: int, model: nn.Module | None = None, recipe: Training | None = None
+) -> nn.Module:
+    """Train a fresh model (or a given one, in place) by the recipe on a split: what `retrained` is made with."""
+    recipe = recipe or case.recipe
+    if recipe is None:
+        raise UnmetNeed(
+            "expected the recipe that trained the model, found none; pass Case(recipe=Training(epochs=..., optimizer=...))"
+        )
+    rows = case.split(split) if isinstance(split, str) else split
+    trained = case.fresh(seed) if model is None else model
+    place = next(trained.parameters(), torch.empty(0)).device
+    saved = torch.random.get_rng_state()
+    bench = Workbench(case, trained, seed, place, splits={rows.name: rows})
+    run_plan(recipe.plan(on=rows.name), bench)
+    torch.random.set_rng_state(saved)
+    return bench.model
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of the state dict, equal to that of the safetensors file made from it (see `files.digest_weights`)."""
+    return digest_weights(model.state_dict())
+
+
+def run_identity(case: Case, config: dict[str, Any]) -> str:
+    """What makes two runs the same: case, weights before, method with settings, seed."""
+    text = json.dumps({"case": case.describe(), "weights": weights_digest(case.model), "config": config}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changed_fraction(before: nn.Module, after: nn.Module) -> float:
+    """Share of weights and buffers whose bits differ; NaN where the state dicts do not have the same keys."""
+    a, b = before.state_dict(), after.state_dict()
+    if a.keys() != b.keys() or any(a[k].shape != b[k].shape for k in a):
+        return float("nan")
+    total = sum(v.numel() for v in a.values())
+    moved = sum(int((a[k] != b[k].to(a[k].device)).sum()) for k in a)
+    return moved / max(total, 1)
+
+
+def peak_memory_mb() -> float:
+    """Largest memory so far: of the GPU where there is one, else of this process (MiB)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _launched() -> bool:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+__all__ = ["Result", "changed_fraction", "execute", "fit", "peak_memory_mb", "run_identity", "weights_digest"]

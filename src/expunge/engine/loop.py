@@ -1,0 +1,552 @@
+"""The one loop. Every tuned method, every training recipe, every relearning attack is a plan that runs here.
+
+    for phase in plan.phases or [plan]:
+        scope -> mask; objectives prepare; references fill their caches
+        for epoch:
+            for update in rhythm(epoch):           # which rows of which splits
+                steps  = one Step per split        # one forward each, shared by the terms of that split
+                inputs = adversary.inputs(...)     # worst-case inputs
+                g      = gradients of the terms    # through a weight-space adversary where one is set
+                balance -> one gradient -> masked optimizer step -> multipliers, averages, stop.after_step
+            stop.after_epoch                       # holdout reached, utility floor, ...
+
+Every random draw is a function of (seed, phase, epoch, update), so the loop can be left at any update and entered again: the
+weights are the same as if nothing had happened. `Checkpoint` is what that takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.engine.distribution import Distribution
+from expunge.engine.optimizer import MaskedOptimizer
+from expunge.engine.workbench import Workbench
+from expunge.errors import BadSetting, CollapsedUtility, ConstantTerm, Diverged, EmptyScope, UnmetNeed
+from expunge.parts.adversaries import Adversary
+from expunge.parts.plan import Auxiliary, Plan, Term
+from expunge.parts.references import collect_needs
+from expunge.parts.schedules import Multiplier
+from expunge.parts.scopes.base import Everything
+from expunge.parts.step import Step
+from expunge.parts.stops import Divergence, Halt, Progress, Stop
+from expunge.seeds import derive, generator
+
+if TYPE_CHECKING:
+    from expunge.engine.checkpoint import Checkpointer
+
+Update = dict[str, Tensor]
+"""Split name -> row numbers of one update."""
+
+
+@dataclass
+class Trace:
+    """What happened: one entry per update in `history`, why it ended, and what the phases produced."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    ended: str = "all epochs done"
+    updates: int = 0
+    restored: bool = False
+
+
+@dataclass
+class Position:
+    """Where the loop is: all that a resumed run needs beside tensors."""
+
+    phase: int = 0
+    epoch: int = 0
+    update: int = 0
+    step: int = 0
+    multipliers: dict[str, float] = field(default_factory=dict)
+    averaged: int = 0
+    best_utility: float | None = None
+    first_losses: dict[str, float] = field(default_factory=dict)
+    moved_terms: list[str] = field(default_factory=list)
+
+
+def run_plan(
+    plan: Plan,
+    workbench: Workbench,
+    *,
+    stop: Stop | None = None,
+    checkpointer: Checkpointer | None = None,
+    distribution: Distribution | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> Trace:
+    """Run a plan in place on `workbench.model`. stop: asked beside the plan's own. Returns the trace."""
+    phases = plan.phases or (plan,)
+    trace = Trace()
+    position, resumed = Position(), None
+    if checkpointer is not None:
+        resumed = checkpointer.load()
+        if resumed is not None:
+            position, trace.history = resumed.position, resumed.history
+            trace.updates = position.step
+    for number, phase in enumerate(phases):
+        if number < position.phase:  # finished before the kill: only its auxiliary network is needed again
+            _auxiliary(phase, workbench)
+            if resumed is not None and not isinstance(phase.trains, str):
+                resumed.restore_network(phase.trains.name, workbench)
+                _freeze(phase, workbench)
+            continue
+        if number > position.phase:
+            position = Position(phase=number, step=position.step)
+        runner = Phase(phase, number, workbench, position, trace, stop, checkpointer, distribution or Distribution(), log)
+        halted = runner.run(resumed if resumed is not None and resumed.position.phase == number else None)
+        resumed = None
+        _freeze(phase, workbench)
+        if halted is not None:
+            trace.ended = halted.reason
+            trace.restored = trace.restored or halted.rollback
+            if halted.rollback:
+                break
+    trace.updates = position.step
+    return trace
+
+
+class Phase:
+    """One phase of a plan: fixed terms, scope, optimizer and rhythm on one network."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        number: int,
+        workbench: Workbench,
+        position: Position,
+        trace: Trace,
+        stop: Stop | None,
+        checkpointer: Checkpointer | None,
+        distribution: Distribution,
+        log: Callable[[dict[str, Any]], None] | None,
+    ):
+        self.plan, self.number, self.bench, self.position, self.trace = plan, number, workbench, position, trace
+        self.checkpointer, self.distribution, self.log = checkpointer, distribution, log
+        self.seed = derive(workbench.seed, "phase", number)
+        self.network = _auxiliary(plan, workbench)
+        self.trained_name = plan.trains if isinstance(plan.trains, str) else plan.trains.name
+        stops: Stop = Divergence()
+        for extra in (plan.stop, stop if self.trained_name == "model" else None):
+            stops = stops if extra is None else stops | extra
+        self.stop = stops
+        self.adversaries: tuple[Adversary, ...] = (
+            plan.adversary if isinstance(plan.adversary, tuple) else (plan.adversary,) if plan.adversary else ()
+        )
+        self.splits = self._splits()
+        self.labels = _labels(plan.terms)
+        self._measured: dict[tuple[str, str], float] = {}
+        self._original: dict[tuple[str, str], float] = {}
+        self.resumed_mean: list[Tensor] = []
+        self.resumed_best: dict[str, Tensor] | None = None
+
+    # -- before the first step -------------------------------------------------------------------------------------
+    def _splits(self):
+        chosen = {}
+        pool = dict(self.plan.pool)
+        for name in self.plan.splits:
+            if name not in self.bench.splits:
+                self.bench.case.split(name)  # raises the error that says how to get it
+            split = self.bench.splits[name]
+            if name in pool:
+                amount = pool[name]
+                size = round(amount * len(split)) if amount <= 1 and isinstance(amount, float) else int(amount)
+                split = split.sample(max(size, 1), generator(self.seed, "pool", name))
+            chosen[name] = split
+        return chosen
+
+    def _prepare(self) -> None:
+        plan, bench = self.plan, self.bench
+        scope = plan.scope or Everything()
+        self.trained = scope.enter(self.network)
+        self.scope = scope
+        networks = {**bench.networks, self.trained_name: self.trained}
+        self.networks = networks
+        saved = bench.model
+        bench.model = self.trained if self.trained_name == "model" else bench.model
+        try:
+            mask = scope.select(bench) if self.trained_name == "model" else None
+            self.memory = {i: t.objective.prepare(bench, t.on) for i, t in enumerate(plan.terms)}
+        finally:
+            bench.model = saved
+        if mask is None:
+            mask = {n: p.requires_grad for n, p in self.trained.named_parameters()}
+        live = sum(int(m.sum()) if isinstance(m, Tensor) else m * p.numel() for m, p in _pairs(mask, self.trained))
+        total = sum(p.numel() for p in self.trained.parameters())
+        bench.note("live_weights_fraction", live / max(total, 1))
+        if live == 0 and plan.terms:
+            bench.warn(f"the scope {scope} selected none of {total} weights; nothing can change", EmptyScope)
+        self.flags = [(p, p.requires_grad) for p in self.trained.parameters()]
+        for name, p in self.trained.named_parameters():
+            m = mask.get(name, False)
+            p.requires_grad_(bool(m.any()) if isinstance(m, Tensor) else bool(m))
+        needs = collect_needs(plan.terms)
+        bench.references.fresh_inputs = any(s.augment is not None for s in self.splits.values())
+        bench.references.prepare(needs, self.splits)
+        updates = self._updates(0)
+        per_epoch = len(updates)
+        moves = self._moves()
+        self.optimizers = [
+            MaskedOptimizer(self.trained, spec, mask, per_epoch * plan.epochs, per_epoch) for spec, _ in moves
+        ]
+        self.moves = [terms for _, terms in moves]
+
+    def _moves(self) -> list[tuple[Any, list[int]]]:
+        """Terms grouped by the optimizer that moves for them: those of the plan first, then each with its own."""
+        shared = [i for i, t in enumerate(self.plan.terms) if t.optimizer is None]
+        groups: list[tuple[Any, list[int]]] = [(self.plan.optimizer, shared)] if shared or not self.plan.terms else []
+        for i, term in enumerate(self.plan.terms):
+            if term.optimizer is not None:
+                groups.append((term.optimizer, [i]))
+        return groups
+
+    # -- rhythm ----------------------------------------------------------------------------------------------------
+    def _active(self, epoch: int) -> list[int]:
+        return [i for i, t in enumerate(self.plan.terms) if self._weight(i, epoch) != 0 or isinstance(t.schedule, Multiplier)]
+
+    def _weight(self, i: int, epoch: int) -> float:
+        schedule = self.plan.terms[i].schedule
+        if isinstance(schedule, Multiplier):
+            return self.position.multipliers.get(str(i), schedule.start)
+        return schedule.at(epoch, self.plan.epochs)
+
+    def _size(self, split: str) -> int:
+        own = [t.batch_size for t in self.plan.terms if t.on == split and t.batch_size is not None]
+        return own[0] if own else self.plan.batch_size
+
+    def _updates(self, epoch: int) -> list[Update]:
+        """The rows of every update of an epoch, a function of (seed, epoch) only."""
+        plan = self.plan
+        active = list(dict.fromkeys(plan.terms[i].on for i in self._active(epoch)))
+        names = [n for n in active if len(self.splits[n])]
+
+        def order(name: str, lap: int = 0) -> list[Tensor]:
+            return self.splits[name].order(generator(self.seed, "order", epoch, name, lap), self._size(name))
+
+        if not names:
+            return []
+        if plan.rhythm == "in_turn":
+            return [{name: ids} for name in names for ids in order(name)]
+        if plan.rhythm == "mixed":
+            tags = torch.cat([torch.full((len(self.splits[n]),), k) for k, n in enumerate(names)])
+            rows = torch.cat([self.splits[n].ids for n in names])
+            shuffled = torch.randperm(len(rows), generator=generator(self.seed, "order", epoch, "mixed"))
+            return [
+                {n: rows[part][tags[part] == k] for k, n in enumerate(names) if bool((tags[part] == k).any())}
+                for part in shuffled.split(plan.batch_size)
+            ]
+        laps = {name: order(name) for name in names}
+        main = plan.epoch_of if plan.epoch_of in laps else max(laps, key=lambda n: len(laps[n]))
+        length = len(laps[main])
+        for name in names:
+            lap = 0
+            while len(laps[name]) < length:
+                lap += 1
+                laps[name] = laps[name] + order(name, lap)
+        return [{name: laps[name][i] for name in names} for i in range(length)]
+
+    # -- running ---------------------------------------------------------------------------------------------------
+    def run(self, resumed: Any) -> Halt | None:
+        self._prepare()
+        try:
+            if resumed is not None:
+                resumed.restore(self)
+            self.network_modes = [(m, m.training) for m in self.trained.modules()]
+            self.trained.train(self.plan.mode == "train")
+            halt = self._epochs()
+        finally:
+            for module, training in getattr(self, "network_modes", []):
+                module.training = training
+            for p, flag in self.flags:
+                p.requires_grad_(flag)
+                p.grad = None
+            self.trained.zero_grad(set_to_none=True)
+        if self.plan.average is not None and self.position.averaged and not (halt and halt.rollback):
+            with torch.no_grad():
+                for p, mean in zip(self.optimizers[0].parameters, self.mean, strict=True):
+                    p.copy_(mean)
+        back = self.scope.leave(self.trained)
+        if self.trained_name == "model":
+            self.bench.model = back
+        self.bench.networks[self.trained_name] = back
+        self._check_constant()
+        return halt
+
+    def _epochs(self) -> Halt | None:
+        position, plan = self.position, self.plan
+        self.mean = [torch.zeros_like(p) for p in self.optimizers[0].parameters] if plan.average and self.optimizers else []
+        for mean, saved in zip(self.mean, self.resumed_mean, strict=False):
+            mean.copy_(saved)
+        self.best: dict[str, Tensor] | None = self.resumed_best
+        total = plan.epochs
+        while position.epoch < total:
+            updates = self._updates(position.epoch)
+            while position.update < len(updates):
+                halt = self._one(updates[position.update], len(updates))
+                position.update += 1
+                position.step += 1
+                if halt is None:
+                    halt = self._ask(self.stop.after_step)
+                if halt is not None:
+                    return self._halted(halt)
+                if self.checkpointer is not None:
+                    self.checkpointer.maybe_save(self)
+                self.bench.progress(plan.name or self.trained_name, position.epoch * len(updates) + position.update,
+                                    total * len(updates))  # fmt: skip
+            position.epoch += 1
+            position.update = 0
+            self._measured.clear()
+            halt = self._ask(self.stop.after_epoch)
+            if halt is not None:
+                return self._halted(halt)
+            if self.stop.keeps_best and self.trained_name == "model":
+                self.best = self._snapshot()
+        return None
+
+    def _ask(self, question: Callable[[Progress], Halt | None]) -> Halt | None:
+        losses = self.trace.history[-1]["losses"] if self.trace.history else {}
+        return question(Progress(self.position.step, self.position.epoch, losses, self._measure, self._measure_original))
+
+    def _halted(self, halt: Halt) -> Halt:
+        if halt.rollback and self.trained_name == "model":
+            state = self.best if self.best is not None else _original_state(self.bench, self.trained)
+            if state is not None:
+                self.trained.load_state_dict(state)
+            self.bench.warn(halt.warning, Diverged if "loss of" in halt.reason else CollapsedUtility)
+        return halt
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {k: v.detach().to("cpu", copy=True) for k, v in self.trained.state_dict().items()}
+
+    def _measure(self, split: str, key: str) -> float:
+        """A measurement of the model as it is now, over at most 1,000 rows of the split."""
+        return self._evaluated(self.trained, split, key, self._measured)
+
+    def _measure_original(self, split: str, key: str) -> float:
+        return self._evaluated(self.bench.case.model.to(self.bench.device), split, key, self._original)
+
+    def _evaluated(self, model: nn.Module, split: str, key: str, cache: dict[tuple[str, str], float]) -> float:
+        if (split, key) not in cache:
+            if split not in self.bench.splits:
+                self.bench.case.split(split)
+            rows = self.bench.splits[split]
+            if len(rows) > 1000:
+                rows = rows.sample(1000, generator(self.bench.seed, "measure", split))
+            values = self.bench.evaluate(rows, model)
+            values["utility"] = values[self.bench.task.utility]
+            cache.update({(split, name): value for name, value in values.items()})
+        return cache[(split, key)]
+
+    # -- one update ------------------------------------------------------------------------------------------------
+    def _one(self, update: Update, updates_per_epoch: int) -> Halt | None:
+        epoch, entry = self.position.epoch, {}
+        torch.manual_seed(derive(self.seed, "step", epoch, self.position.update))
+        share = {n: len(ids) for n, ids in update.items()}
+        weights = self.distribution.local_weights(share)
+        local = {n: self.distribution.mine(ids) for n, ids in update.items()}
+        for terms, optimizer in zip(self.moves, self.optimizers, strict=True):
+            chosen = [i for i in terms if self.plan.terms[i].on in update and i in self._active(epoch)]
+            if not chosen:
+                continue
+            steps = self._steps(local, updates_per_epoch)
+            optimizer.zero_grad()
+            losses = self._gradients(chosen, steps, optimizer, weights, share)
+            optimizer.step()
+            for i, value in losses.items():
+                entry[self.labels[i]] = value
+                self._note_term(i, value)
+                schedule = self.plan.terms[i].schedule
+                if isinstance(schedule, Multiplier):
+                    now = self.position.multipliers.get(str(i), schedule.start)
+                    self.position.multipliers[str(i)] = schedule.next(now, value)
+        if self.plan.average is not None and self.plan.average.takes(self.position.step + 1):
+            self.position.averaged += 1
+            with torch.no_grad():
+                for mean, p in zip(self.mean, self.optimizers[0].parameters, strict=True):
+                    mean.lerp_(p, 1.0 / self.position.averaged)
+        record = {
+            "step": self.position.step + 1, "phase": self.number, "epoch": epoch + 1, "losses": entry,
+        }  # fmt: skip
+        if self.position.multipliers:
+            record["multipliers"] = dict(self.position.multipliers)
+        self.trace.history.append(record)
+        if self.log is not None:
+            self.log(record)
+        return None
+
+    def _steps(self, rows: Update, updates_per_epoch: int) -> dict[str, Step]:
+        steps: dict[str, Step] = {}
+        total = max(self.plan.epochs * updates_per_epoch, 1)
+        done = self.position.epoch * updates_per_epoch + self.position.update
+        for name, ids in rows.items():
+            split = self.splits[name]
+            rng = generator(self.seed, "draw", self.position.epoch, self.position.update, name)
+            batch = self.bench.fill(split.data.fetch(ids))
+            if split.augment is not None:
+                batch = split.augment(batch, rng)
+            batch = self.bench.task.prepare(batch, rng)
+            layers = sorted({layer for t in self.plan.terms if t.on == name for layer in t.objective.layers})
+            steps[name] = Step(
+                self.trained, self.bench.task, batch, self.bench.references, rng, name, self.position.epoch,
+                done / total, tuple(layers), self.networks,
+            )  # fmt: skip
+        for step in steps.values():
+            step.peers = steps
+        return steps
+
+    def _value(self, i: int, step: Step) -> Tensor:
+        """(B,) an objective's value; its prepared memory is handed over with the step."""
+        step.scratch["memory"] = self.memory.get(i)
+        return self.plan.terms[i].objective(step)
+
+    def _gradients(
+        self, chosen: list[int], steps: dict[str, Step], optimizer: MaskedOptimizer, weights: dict[str, float],
+        share: dict[str, int],
+    ) -> dict[int, float]:  # fmt: skip
+        """Put one gradient into every parameter's `.grad`; return each term's mean loss (before its weight)."""
+        terms, parameters = self.plan.terms, optimizer.parameters
+        factor = {}
+        rows = sum(share.values())
+        for i in chosen:
+            on = terms[i].on
+            part = share[on] / rows if self.plan.rhythm == "mixed" else 1.0
+            factor[i] = self._weight(i, self.position.epoch) * part * weights[on]
+        for adversary in self.adversaries:
+            if adversary.space == "inputs" and adversary.on in steps:
+                attacked = [i for i in chosen if terms[i].on == adversary.on]
+                if attacked:
+                    step = steps[adversary.on]
+                    objective = lambda s, ii=attacked: sum(factor[i] * self._value(i, s).mean() for i in ii)  # noqa: E731
+                    clean = step.batch
+                    step = step.again()
+                    step.batch = adversary.inputs(step, objective)
+                    step.scratch["clean"] = clean
+                    self.bench.references.fresh_inputs = True
+                    steps[adversary.on] = step
+        losses: dict[int, float] = {}
+        hard = [a for a in self.adversaries if a.space == "weights"]
+        with self.distribution.autocast():
+            if not hard and self.plan.balance is None:
+                total: Tensor | None = None
+                means = {}
+                for i in chosen:
+                    means[i] = self._value(i, steps[terms[i].on]).mean()
+                    weighted = means[i] if factor[i] == 1.0 else factor[i] * means[i]
+                    total = weighted if total is None else total + weighted
+                if total is not None and parameters:
+                    if total.requires_grad:
+                        total.backward()
+                    self.distribution.reduce([p.grad for p in parameters if p.grad is not None])
+                return {i: self.distribution.mean(float(m.detach()), weights[terms[i].on]) for i, m in means.items()}
+
+            def take(which: list[int], again: bool) -> list[Tensor]:
+                fresh = {n: s.again() for n, s in steps.items()} if again else steps
+                for step in fresh.values():
+                    step.peers = fresh
+                value: Any = 0.0
+                for i in which:
+                    mean = self._value(i, fresh[terms[i].on]).mean()
+                    losses.setdefault(i, self.distribution.mean(float(mean.detach()), weights[terms[i].on]))
+                    value = value + factor[i] * mean
+                if not parameters or not isinstance(value, Tensor) or not value.requires_grad:
+                    return [torch.zeros_like(p) for p in parameters]
+                found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=not again)
+                gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+                self.distribution.reduce(gradients)
+                return gradients
+
+            groups = self._groups(chosen)
+            rows_of: list[list[Tensor]] = []
+            for which in groups:
+                on = terms[which[0]].on
+                attackers = [a for a in hard if a.on == on]
+                if len(attackers) > 1:
+                    raise BadSetting(
+                        f"expected one weight-space adversary for '{on}', found {', '.join(map(str, attackers))}; keep one"
+                    )
+                if attackers:
+                    rng = generator(self.seed, "adversary", self.position.epoch, self.position.update)
+                    rows_of.append(attackers[0].gradient(lambda w=which: take(w, True), list(parameters), rng))
+                else:
+                    rows_of.append(take(which, False))
+            if self.plan.balance is None:
+                combined = [sum(parts) for parts in zip(*rows_of, strict=True)]
+            else:
+                matrix = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows_of])
+                flat = self.plan.balance.combine(matrix, [terms[w[0]].on for w in groups])
+                combined, start = [], 0
+                for p in parameters:
+                    combined.append(flat[start : start + p.numel()].view_as(p))
+                    start += p.numel()
+            for p, g in zip(parameters, combined, strict=True):
+                p.grad = g.detach() if isinstance(g, Tensor) else torch.zeros_like(p)
+        return losses
+
+    def _groups(self, chosen: list[int]) -> list[list[int]]:
+        """With a balance every term is a task of its own; without, the terms of one split share a backward pass."""
+        if self.plan.balance is not None:
+            return [[i] for i in chosen]
+        by_split: dict[str, list[int]] = {}
+        for i in chosen:
+            by_split.setdefault(self.plan.terms[i].on, []).append(i)
+        return list(by_split.values())
+
+    # -- silence is never success ----------------------------------------------------------------------------------
+    def _note_term(self, i: int, value: float) -> None:
+        label = self.labels[i]
+        first = self.position.first_losses.setdefault(label, value)
+        if value != first and label not in self.position.moved_terms:
+            self.position.moved_terms.append(label)
+
+    def _check_constant(self) -> None:
+        count = sum(1 for h in self.trace.history if h["phase"] == self.number)
+        for label in self.position.first_losses:
+            if count > 3 and label not in self.position.moved_terms:
+                self.bench.warn(f"the term {label} had the same value at all {count} updates", ConstantTerm)
+
+
+def _labels(terms: tuple[Term, ...]) -> list[str]:
+    """A short unique label per term, for logs and curves."""
+    labels: list[str] = []
+    for term in terms:
+        label = f"{term.objective}[{term.on}]"
+        labels.append(label if label not in labels else f"{label}#{len(labels)}")
+    return labels
+
+
+def _auxiliary(plan: Plan, workbench: Workbench) -> nn.Module:
+    """The network that a phase trains; an auxiliary one is built on first use."""
+    if isinstance(plan.trains, str):
+        if plan.trains not in workbench.networks:
+            raise UnmetNeed(
+                f"expected a network '{plan.trains}' to train, found {', '.join(workbench.networks)}; "
+                "use Auxiliary(name, build) in the phase that trains it first"
+            )
+        return workbench.networks[plan.trains]
+    assert isinstance(plan.trains, Auxiliary)
+    name = plan.trains.name
+    if name not in workbench.networks:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(workbench.seed, "auxiliary", name))
+            network = plan.trains.build(workbench.case, derive(workbench.seed, "auxiliary", name))
+        workbench.networks[name] = network.to(workbench.device)
+    return workbench.networks[name]
+
+
+def _freeze(plan: Plan, workbench: Workbench) -> None:
+    """A trained auxiliary network becomes a frozen reference."""
+    if isinstance(plan.trains, Auxiliary):
+        workbench.references.add(plan.trains.name, workbench.networks[plan.trains.name])
+
+
+def _original_state(workbench: Workbench, trained: nn.Module) -> dict[str, Tensor] | None:
+    state = {k: v.detach().clone() for k, v in workbench.case.model.state_dict().items()}
+    return state if state.keys() == trained.state_dict().keys() else None
+
+
+def _pairs(mask: dict[str, Any], model: nn.Module) -> Iterator[tuple[Any, Tensor]]:
+    for name, p in model.named_parameters():
+        yield mask.get(name, False), p
+

@@ -1,0 +1,110 @@
+"""The masked optimizer step: what is outside the scope stays as it is, bit for bit.
+
+Masking the gradient is not enough: weight decay and momentum move weights whose gradient is zero. After each step the
+weights outside the mask are restored and their optimizer state is cleared.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from expunge.parts.plan import Optimizer
+from expunge.parts.scopes.base import Mask
+
+
+class MaskedOptimizer:
+    """A torch optimizer over the weights that a mask lets move.
+
+    Parameters that are frozen as a whole are left out of the optimizer; partly frozen ones keep a copy to restore from.
+    """
+
+    def __init__(self, model: nn.Module, spec: Optimizer, mask: Mask, total_steps: int, steps_per_epoch: int):
+        self.spec, self.total_steps, self.steps_per_epoch = spec, max(total_steps, 1), max(steps_per_epoch, 1)
+        named = dict(model.named_parameters())
+        self.names = [n for n in named if _moves(mask.get(n, False))]
+        self.parameters: list[nn.Parameter] = [named[n] for n in self.names]
+        self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for name in self.names:
+            m = mask[name]
+            if isinstance(m, Tensor) and not bool(m.all()):
+                p, live = named[name], m.to(named[name].device)
+                self.partial.append((p, live, p.detach().clone()))
+        self.inner = self._make() if self.parameters else None
+        self.steps = 0
+
+    def _make(self) -> torch.optim.Optimizer:
+        spec, foreach = self.spec, len(self.parameters) > 1 and not self.parameters[0].is_meta
+        if spec.name == "sgd":
+            return torch.optim.SGD(
+                self.parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, foreach=foreach
+            )
+        kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
+        return kind(self.parameters, lr=spec.lr, weight_decay=spec.weight_decay, foreach=foreach)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        spec, t, total = self.spec, self.steps, self.total_steps
+        warm = int(spec.warmup * total)
+        if t < warm:
+            return spec.lr * (t + 1) / warm
+        if spec.schedule == "cosine":
+            return spec.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / max(total - warm, 1)))
+        if spec.schedule == "linear":
+            return spec.lr * (1 - (t - warm) / max(total - warm, 1))
+        if spec.schedule == "steps":
+            epoch = t // self.steps_per_epoch
+            return spec.lr * spec.decay ** sum(epoch >= m for m in spec.milestones)
+        return spec.lr
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self.inner is None:
+            return
+        for p, live, _ in self.partial:
+            if p.grad is not None:
+                p.grad.mul_(live)
+        if self.spec.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        if self.spec.schedule != "constant" or self.spec.warmup:
+            rate = self.rate()
+            for group in self.inner.param_groups:
+                group["lr"] = rate
+        self.inner.step()
+        for p, live, before in self.partial:
+            p.copy_(torch.where(live, p, before))
+            for value in self.inner.state[p].values():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    value.mul_(live)
+        self.steps += 1
+
+    # -- state as tensors ------------------------------------------------------------------------------------------
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state as named tensors, for a checkpoint."""
+        found: dict[str, Tensor] = {}
+        if self.inner is not None:
+            for name, p in zip(self.names, self.parameters, strict=True):
+                for key, value in self.inner.state.get(p, {}).items():
+                    if value is not None:
+                        found[f"{name}|{key}"] = torch.as_tensor(value).detach()
+        return found
+
+    def load(self, tensors: dict[str, Tensor], steps: int) -> None:
+        self.steps = steps
+        named = dict(zip(self.names, self.parameters, strict=True))
+        for full, value in tensors.items():
+            name, key = full.rsplit("|", 1)
+            p = named[name]
+            place = "cpu" if key == "step" else p.device
+            assert self.inner is not None
+            self.inner.state[p][key] = value.clone().to(place)
+
+
+def _moves(mask: Tensor | bool) -> bool:
+    return bool(mask.any()) if isinstance(mask, Tensor) else mask

@@ -1,0 +1,155 @@
+"""A run directory: config.yaml, env.json, request.json, metrics.jsonl, results.json, model/, report.html, certificate.json.
+
+One process at a time (a file lock that the system drops when the process dies, however it dies). Every file is written whole
+or not at all, except metrics.jsonl, which grows by lines and is cut back to the checkpoint on resume.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from expunge.errors import BadModel, RunBusy
+from expunge.files import write_atomic
+
+LIBRARIES = ("torch", "numpy", "accelerate", "transformers", "datasets", "peft", "torchjd", "scikit-learn", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, Expunge and the libraries that shape the numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("expunge", *LIBRARIES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on, without names of people or hosts."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+class RunDirectory:
+    """`with RunDirectory(path) as run:` holds the lock while inside."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._lock: Any = None
+        self._metrics: Any = None
+
+    def __enter__(self) -> RunDirectory:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until exit)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            self._lock = None
+            raise RunBusy(
+                f"expected the run directory {self.path} to be free, found process {holder} working in it; "
+                "wait for it, or use another directory"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._lock is not None:
+            self._lock.truncate(0)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
+            self._lock = None
+
+    # -- files -----------------------------------------------------------------------------------------------------
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomic(self.path / name, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def write_environment(self) -> None:
+        self.write_json("env.json", {"versions": versions(), "machine": machine(), "argv": Path(sys.argv[0]).name})
+
+    def start_metrics(self, history: list[dict[str, Any]]) -> None:
+        """metrics.jsonl as it was at the checkpoint; later lines of a killed run are dropped."""
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history))
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(entry) + "\n")
+
+    # -- models ----------------------------------------------------------------------------------------------------
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    def save_model(self, model: nn.Module) -> None:
+        save_model(model, self.model_path)
+
+    @property
+    def weights_file(self) -> Path:
+        return self.model_path / "model.safetensors"
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """A Hugging Face model in its own format; any other module as model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        model.save_pretrained(folder)
+        return
+    from safetensors.torch import save
+
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Put safetensors weights into a module of the same keys; anything that would need unpickling is refused."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix != ".safetensors":
+        raise BadModel(
+            f"expected weights as .safetensors, found '{path.name}'; Expunge never unpickles files. Load it in your own code "
+            "and save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+        )
+    try:
+        state = load_file(str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadModel(f"expected a whole safetensors file, found {path.name} damaged or missing ({error}); export it again") from error
+    result = model.load_state_dict(state, strict=False)
+    if result.missing_keys or result.unexpected_keys:
+        raise BadModel(
+            f"expected the weights of {type(model).__name__}, found {len(result.missing_keys)} missing "
+            f"({result.missing_keys[:3]}) and {len(result.unexpected_keys)} unknown ({result.unexpected_keys[:3]}); "
+            "give the module:function that builds the very model these weights come from"
+        )
+    return model

@@ -1,0 +1,162 @@
+"""What a method works with: the model under change, the splits, the references, and the few measurements that scopes and
+edits are made of. One workbench per run; everything drawn in it comes from its seed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.cases.case import Case
+from expunge.cases.data import Split
+from expunge.errors import ExpungeWarning
+from expunge.parts.references import References
+from expunge.parts.step import Step
+from expunge.seeds import derive, generator
+from expunge.tasks.base import Batch, Task, evaluating
+
+if TYPE_CHECKING:
+    from expunge.parts.objectives.base import Objective
+
+
+@dataclass
+class Workbench:
+    """model: the working copy, changed in place. networks: all networks of the run by name ("model" is the working copy).
+    device: where the model is. notes: what the method wants in its record. warnings: what the report must say.
+    previous: for a stream of requests, what the method kept from the last one (explicit state)."""
+
+    case: Case
+    model: nn.Module
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    references: References = None  # type: ignore[assignment]
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    splits: dict[str, Split] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    report: Callable[[str, int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.networks.setdefault("model", self.model)
+        self.splits = {**self.case.splits, **self.splits}
+        if self.references is None:
+            case, seed = self.case, self.seed
+            self.references = References(
+                case.task,
+                self.device,
+                {"original": lambda: case.model, "random": lambda: case.fresh(derive(seed, "random teacher"))},
+            )
+        self._constants = self.task.constants(self.model, self.case.data)
+
+    @property
+    def task(self) -> Task:
+        return self.case.task
+
+    def fill(self, batch: Batch) -> Batch:
+        """The batch on the model's device, with the task's constants."""
+        batch = batch.to(self.device)
+        return batch.with_columns(**self._constants) if self._constants else batch
+
+    def batches(
+        self, split: str | Split, batch_size: int = 256, shuffled: bool = False, purpose: str = "batches"
+    ) -> Iterator[Batch]:
+        """Batches of a split on the device, in order or in one shuffled order of the workbench's seed; no augmentation."""
+        rows = self.splits[split] if isinstance(split, str) else split
+        source = rows.shuffled(generator(self.seed, purpose, rows.name), batch_size) if shuffled else rows.batches(batch_size)
+        for batch in source:
+            yield self.fill(batch)
+
+    def step(self, batch: Batch, split: str = "forget", objective: Objective | None = None) -> Step:
+        """A step outside the loop: what scopes and edits evaluate objectives on."""
+        return Step(
+            self.model, self.task, batch, self.references, generator(self.seed, "workbench", split),
+            split=split, layers=tuple(objective.layers) if objective is not None else (), networks=self.networks,
+        )  # fmt: skip
+
+    def loss(self, batch: Batch, split: str = "forget", objective: Objective | None = None) -> Tensor:
+        """(B,) the task's loss, or an objective's, of the model on a batch, with gradient."""
+        batch = self.task.prepare(batch, generator(self.seed, "prepare", split))
+        step = self.step(batch, split, objective)
+        return step.loss if objective is None else objective(step)
+
+    def gradient(
+        self, on: str, objective: Objective | None = None, batch_size: int = 256, reduction: str = "sum_of_means"
+    ) -> dict[str, Tensor]:
+        """Gradient over a split in eval mode. `sum_of_means`: sum over batches of the gradient of the batch mean (SalUn's
+        mask); `mean`: the gradient of the mean over the whole split. Frozen parameters are left out."""
+        names, parameters = self._trainable()
+        total = [torch.zeros_like(p) for p in parameters]
+        with _modes(self.model, training=False):
+            for batch in self.batches(on, batch_size):
+                loss = self.loss(batch, on, objective)
+                value = loss.mean() if reduction == "sum_of_means" else loss.sum() / len(self.splits[on])
+                for t, g in zip(total, _grad(value, parameters), strict=True):
+                    t.add_(g)
+        return dict(zip(names, total, strict=True))
+
+    def importance(
+        self,
+        on: str,
+        batch_size: int = 64,
+        power: int = 2,
+        shuffled: bool = False,
+        energy: Callable[[Step], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """(1/B) sum over batches |grad of the batch mean|^power, eval mode: SSD's importance, NOT a per-example Fisher (the
+        batch size matters: mean gradients shrink with it). energy: another (B,) function of the step than the loss."""
+        names, parameters = self._trainable()
+        total, count = [torch.zeros_like(p) for p in parameters], 0
+        with _modes(self.model, training=False):
+            for batch in self.batches(on, batch_size, shuffled=shuffled, purpose="importance"):
+                step = self.step(self.task.prepare(batch, generator(self.seed, "prepare", on, count)), on)
+                value = (step.loss if energy is None else energy(step)).mean()
+                for t, g in zip(total, _grad(value, parameters), strict=True):
+                    t.add_(g.abs() if power == 1 else g.square())
+                count += 1
+        return {name: t / max(count, 1) for name, t in zip(names, total, strict=True)}
+
+    def evaluate(self, split: str | Split, model: nn.Module | None = None, batch_size: int = 512) -> dict[str, float]:
+        """The task's measurements of the working model (or another) on a split."""
+        return self.task.evaluate(model or self.model, self.batches(split, batch_size))
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a number in the run's record."""
+        self.notes[key] = value
+
+    def warn(self, message: str, category: type[ExpungeWarning] = ExpungeWarning) -> None:
+        """Warn the caller, and keep the warning for the report."""
+        self.warnings.append(f"{category.__name__}: {message}")
+        warnings.warn(message, category, stacklevel=3)
+
+    def progress(self, text: str, done: int, total: int) -> None:
+        """Tell whoever shows progress (a bar of the command line)."""
+        if self.report is not None:
+            self.report(text, done, total)
+
+    def _trainable(self) -> tuple[list[str], list[Tensor]]:
+        pairs = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return [n for n, _ in pairs], [p for _, p in pairs]
+
+
+class _modes(evaluating):
+    """Eval (or train) mode with gradients on; leaves every submodule in the mode it was."""
+
+    def __init__(self, model: nn.Module, training: bool):
+        super().__init__(model)
+        self.training = training
+
+    def __enter__(self) -> nn.Module:
+        super().__enter__()
+        torch.set_grad_enabled(True)
+        self.model.train(self.training)
+        return self.model
+
+
+def _grad(value: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]

@@ -1,0 +1,1 @@
+"""Edited methods: one-shot or closed-form changes of the weights."""

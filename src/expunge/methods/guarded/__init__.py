@@ -1,0 +1,1 @@
+"""Guarded methods: a wrapper at inference time; the weights stay."""

@@ -1,0 +1,196 @@
+"""`unlearn(case, method)`: the main job. It checks every need first, works on a copy, and returns the model with a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from expunge.cases.case import Case
+from expunge.engine.execute import Result, execute, run_identity, weights_digest
+from expunge.engine.rundir import RunDirectory, load_weights, machine, versions
+from expunge.errors import BadSetting, UnmetNeed
+from expunge.methods.registry import Configured, Method, find
+from expunge.parts.plan import Action, Edit, Exact, Guard, Plan, Protection
+
+
+@dataclass
+class Outcome:
+    """model: the unlearned model, same class and keys as the original. record: what happened, as plain data (never samples).
+
+    state: what the method keeps for the next request of a stream. proof: an exact method's own numbers, or None.
+    """
+
+    model: nn.Module
+    record: dict[str, Any]
+    method: Configured | None
+    case: Case
+    state: dict[str, Any] = field(default_factory=dict)
+    proof: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.record["method"]["name"]
+
+    @property
+    def formula(self) -> str:
+        return self.record["method"]["formula"]
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.record["warnings"]
+
+
+MethodLike = str | Configured | Method | Plan | Edit | Guard | Exact
+
+
+def resolve(which: MethodLike, **settings: Any) -> tuple[Configured | None, Action | None]:
+    """A method from its name and settings, or an action built by hand (a plan of one's own needs no registration)."""
+    if isinstance(which, str):
+        return find(which).configure(**settings), None
+    if isinstance(which, Method):
+        return which.configure(**settings), None
+    if settings:
+        raise BadSetting(
+            f"expected settings only with a method's name, found {sorted(settings)} beside a {type(which).__name__}; "
+            "put them into it"
+        )
+    if isinstance(which, Configured):
+        return which, None
+    if isinstance(which, (Plan, Edit, Guard, Exact, Protection)):
+        return None, which
+    raise BadSetting(f"expected a method's name, a configured method or a Plan, found {type(which).__name__}; pass one of these")
+
+
+def unlearn(
+    case: Case,
+    method: MethodLike,
+    *,
+    seed: int = 0,
+    run: str | Path | None = None,
+    device: str | None = None,
+    mixed_precision: str | None = None,
+    floor: float | None = 0.5,
+    state: dict[str, Any] | None = None,
+    checkpoint_seconds: float = 30.0,
+    checkpoint_steps: int | None = None,
+    trackers: list[str] | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
+) -> Outcome:
+    """Make `case.model` forget what `case.request` names.
+
+    Args:
+        method: a registered name with its settings as keywords (`unlearn(case, "salun", density=0.3)`), or a `Plan`.
+        seed: of the unlearning alone. Equal seeds give equal tensors.
+        run: a directory for checkpoints, metrics and the model; a run killed in it resumes to the same tensors, and a
+            finished one is read back.
+        device, mixed_precision: as accelerate names them ("cpu", "cuda"; "bf16"); default: where the model is.
+        floor: share of the original's utility on retain below which the best earlier state is restored. None: no floor.
+        state: `outcome.state` of the previous request, for methods that keep some.
+        report: called with (text, done, total) for progress.
+
+    Raises:
+        UnmetNeed with everything that is missing, before any compute; BadSetting for a bad or unknown setting.
+    """
+    configured, action = resolve(method, **settings)
+    if configured is not None:
+        configured.check(case)
+        action = configured.action(case)
+    assert action is not None
+    config = {
+        "method": configured.name if configured else "custom",
+        "settings": _plain(configured.values) if configured else {},
+        "formula": str(action),
+        "seed": seed,
+        "floor": floor,
+    }
+
+    def go(directory: RunDirectory | None, identity: str) -> Outcome:
+        result = execute(
+            action, case, seed=seed, device=device, mixed_precision=mixed_precision, floor=floor, run=directory,
+            identity=identity, checkpoint_seconds=checkpoint_seconds, checkpoint_steps=checkpoint_steps, trackers=trackers,
+            state=state, report=report,
+        )  # fmt: skip
+        return Outcome(
+            result.model, _record(case, configured, action, config, result), configured, case, result.state, result.proof
+        )
+
+    if run is None:
+        return go(None, "")
+    identity = run_identity(case, config)
+    with RunDirectory(run) as directory:
+        finished = directory.read_json("outcome.json")
+        if finished is not None and finished.get("identity") == identity and directory.weights_file.exists():
+            from copy import deepcopy
+
+            model = load_weights(deepcopy(case.model), directory.weights_file)
+            return Outcome(model, finished["record"], configured, case, {}, finished.get("proof"))
+        directory.write_config(config)
+        directory.write_environment()
+        directory.write_json("request.json", case.describe()["request"])
+        outcome = go(directory, identity)
+        directory.save_model(outcome.model)
+        directory.write_json("outcome.json", {"identity": identity, "record": outcome.record, "proof": outcome.proof})
+        (directory.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        return outcome
+
+
+def protect(case: Case, method: str, *, seed: int = 0, **settings: Any) -> nn.Module:
+    """Train a model that can answer later requests by this method (SISA's shards, ACU's analytic head, ...).
+
+    The case's own model gives the architecture; its request is not looked at: all training rows are learned. Returns the
+    trained model; put it into a case with a request and call `unlearn(case, method)`.
+    """
+    found = find(method)
+    if found.learn is None:
+        from expunge.methods.registry import methods
+
+        able = [name for name, m in methods().items() if m.learn is not None]
+        raise UnmetNeed(
+            f"expected a method that acts at training time, one of {', '.join(able)}, found '{method}', which works on any "
+            "trained model; call unlearn(case, method) directly"
+        )
+    return found.learn(case, seed=seed, **found.configure(**settings).values)
+
+
+def _record(case: Case, configured: Configured | None, action: Action, config: dict[str, Any], result: Result) -> dict[str, Any]:
+    about = configured.method if configured else None
+    return {
+        "case": case.describe(),
+        "method": {
+            "name": config["method"],
+            "family": about.family if about else type(action).__name__.lower(),
+            "formula": config["formula"],
+            "settings": config["settings"],
+            "intention": about.intention if about else "removal",
+            "guarantee": about.guarantee if about else "empirical",
+            "paper": about.paper if about else "",
+        },
+        "seeds": {"case": case.seed, "unlearning": config["seed"]},
+        "versions": versions(),
+        "machine": machine(),
+        "cost": {"seconds": result.seconds, "peak_memory_mb": result.peak_memory_mb},
+        "weights": {"before": weights_digest(case.model), "after": weights_digest(result.model)},
+        "changed_fraction": result.changed_fraction,
+        "ended": result.trace.ended,
+        "restored": result.trace.restored,
+        "updates": result.trace.updates,
+        "history": result.trace.history,
+        "notes": _plain(result.notes),
+        "warnings": result.warnings,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able: tuples as lists, objects as their text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return str(value)

@@ -1,0 +1,1 @@
+"""Protected methods: they act before or during training, so that later requests are cheap."""

@@ -1,0 +1,60 @@
+"""Fit answers that are not the data's own: random labels, and labels found once for each example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from expunge.errors import BadSetting
+from expunge.parts.objectives.base import Objective
+from expunge.parts.step import Step
+from expunge.seeds import generator
+from expunge.tasks.base import PerExample
+
+
+@dataclass(frozen=True)
+class Relabel(Objective):
+    policy: str = "other"
+    draw: str = "step"
+
+    def __post_init__(self) -> None:
+        if self.draw not in ("step", "once"):
+            raise BadSetting(f"expected draw to be 'step' or 'once', found {self.draw!r}; choose one")
+
+    def prepare(self, workbench: Any, split: str) -> Any:
+        """With draw="once": a new answer for every row of the split, drawn before the first step."""
+        if self.draw == "step":
+            return None
+        rows = workbench.splits[split]
+        labels_of = workbench.task.labels
+        table: torch.Tensor | None = None
+        rng = generator(workbench.seed, "relabel", split)
+        for batch in workbench.batches(rows, 4096):
+            new = workbench.task.relabel(batch, rng, self.policy)[labels_of]
+            if table is None:
+                table = new.new_zeros((int(rows.ids.max()) + 1, *new.shape[1:]))
+            table[batch.ids] = new
+        return table
+
+    def __call__(self, step: Step) -> PerExample:
+        task = step.task
+        if self.draw == "step":
+            batch = task.relabel(step.batch, step.rng, self.policy)
+        else:
+            table = step.scratch["memory"]
+            batch = step.batch.with_columns(**{task.labels: table[step.batch.ids].to(step.batch[task.labels])})  # type: ignore[attr-defined]
+        return task.loss(step.output, batch)
+
+    def __str__(self) -> str:
+        return f"relabel({self.policy}{', once' if self.draw == 'once' else ''})"
+
+
+def relabel(policy: str = "other", draw: str = "step") -> Objective:
+    """Fit an answer drawn at random (Amnesiac, SalUn's forget term, Gaussian-Amnesiac on regression).
+
+    policy: the task's way to draw, for classification "other" (uniform over the wrong classes) or "uniform" (over all).
+    draw: anew at every "step", or "once" per run.
+    """
+    return Relabel(policy, draw)

@@ -1,0 +1,244 @@
+"""Which weights may move. A scope turns into a `Mask`; the masked optimizer step keeps the rest bit for bit."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import BadSetting, nearest
+from expunge.seeds import generator
+
+if TYPE_CHECKING:
+    from expunge.parts.objectives.base import Objective
+
+Mask = dict[str, Tensor | bool]
+"""Parameter name -> True (may move), False (frozen), or a bool tensor of the parameter's shape (True = may move)."""
+
+
+class Scope:
+    """Base of all scopes."""
+
+    def select(self, workbench: Any) -> Mask:
+        """The mask over the model's named parameters, from the model as it is before the first step."""
+        raise NotImplementedError
+
+    def enter(self, model: nn.Module) -> nn.Module:
+        """What is trained instead of the model (adapters); default: the model itself."""
+        return model
+
+    def leave(self, model: nn.Module) -> nn.Module:
+        """Back to the model as it came: same class, same keys."""
+        return model
+
+    def __and__(self, other: Scope) -> Scope:
+        """Weights that both scopes let move."""
+        return Both(self, other)
+
+    def __invert__(self) -> Scope:
+        """Weights that the scope keeps frozen."""
+        return Complement(self)
+
+
+@dataclass(frozen=True)
+class Both(Scope):
+    first: Scope
+    second: Scope
+
+    def select(self, workbench: Any) -> Mask:
+        a, b = self.first.select(workbench), self.second.select(workbench)
+        return {name: _and(a[name], b[name]) for name in a}
+
+    def __str__(self) -> str:
+        return f"({self.first} & {self.second})"
+
+
+@dataclass(frozen=True)
+class Complement(Scope):
+    inner: Scope
+
+    def select(self, workbench: Any) -> Mask:
+        return {k: ~m if isinstance(m, Tensor) else not m for k, m in self.inner.select(workbench).items()}
+
+    def __str__(self) -> str:
+        return f"~{self.inner}"
+
+
+@dataclass(frozen=True)
+class Everything(Scope):
+    def select(self, workbench: Any) -> Mask:
+        return {name: p.requires_grad for name, p in workbench.model.named_parameters()}
+
+    def __str__(self) -> str:
+        return "all"
+
+
+@dataclass(frozen=True)
+class Layers(Scope):
+    patterns: tuple[str, ...]
+
+    def select(self, workbench: Any) -> Mask:
+        names = [name for name, _ in workbench.model.named_parameters()]
+        mask: Mask = {name: any(fnmatch.fnmatchcase(name, p) for p in self.patterns) for name in names}
+        if not any(mask.values()):
+            raise BadSetting(
+                f"expected a parameter name that matches {', '.join(self.patterns)}, found none."
+                f"{nearest(self.patterns[0], names)} Names: {', '.join(names[:6])}, ..."
+            )
+        return mask
+
+    def __str__(self) -> str:
+        return f"layers({','.join(self.patterns)})"
+
+
+@dataclass(frozen=True)
+class LastLayers(Scope):
+    """The last `count` modules that own parameters (CF-k, EU-k)."""
+
+    count: int
+
+    def select(self, workbench: Any) -> Mask:
+        owners = [name for name, m in workbench.model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        chosen = tuple(f"{name}." if name else "" for name in owners[-self.count :])
+        mask: Mask = {}
+        for name, _ in workbench.model.named_parameters():
+            owner = name.rsplit(".", 1)[0] + "." if "." in name else ""
+            mask[name] = owner in chosen
+        return mask
+
+    def __str__(self) -> str:
+        return f"last({self.count})"
+
+
+@dataclass(frozen=True)
+class Scored(Scope):
+    """The top share of weights by a score, in ONE global ranking over all parameters."""
+
+    density: float
+    score: Callable[[Any], Mapping[str, Tensor]]
+    label: str = "scored"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.density <= 1:
+            raise BadSetting(f"expected density in 0..1 (share of weights that may move), found {self.density}; correct it")
+
+    def select(self, workbench: Any) -> Mask:
+        return dict(top_share(self.score(workbench), self.density))
+
+    def __str__(self) -> str:
+        return f"{self.label}({self.density:g})"
+
+
+def top_share(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Masks that are True for exactly floor(density * P) weights with the highest scores; ties go by position.
+
+    One global ranking over all tensors, as in SalUn's official mask generation.
+    """
+    flat = torch.cat([s.detach().reshape(-1).float() for s in scores.values()])
+    keep = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    count = int(density * flat.numel())
+    if count:
+        keep[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
+    masks, start = {}, 0
+    for name, score in scores.items():
+        masks[name] = keep[start : start + score.numel()].view(score.shape)
+        start += score.numel()
+    return masks
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """|sum over batches of grad mean-loss| on the forget split, eval mode (Fan et al., 2310.12508): abs after the sum, so
+    weights whose sign cancels score low."""
+
+    objective: Objective | None = None
+    on: str = "forget"
+    batch_size: int = 256
+
+    def __call__(self, workbench: Any) -> dict[str, Tensor]:
+        total = workbench.gradient(self.on, self.objective, batch_size=self.batch_size)
+        return {name: g.abs() for name, g in total.items()}
+
+
+@dataclass(frozen=True)
+class FisherRatio:
+    """I_forget / I_retain with the squared gradient of each batch mean: how much more a weight matters to the forget rows."""
+
+    batch_size: int = 64
+
+    def __call__(self, workbench: Any) -> dict[str, Tensor]:
+        forget = workbench.importance("forget", batch_size=self.batch_size)
+        retain = workbench.importance("retain", batch_size=self.batch_size)
+        return {name: forget[name] / (retain[name] + 1e-12) for name in forget}
+
+
+def _random_score(workbench: Any) -> dict[str, Tensor]:
+    rng = generator(workbench.seed, "scope", "random")
+    return {n: torch.rand(p.shape, generator=rng).to(p.device) for n, p in workbench.model.named_parameters()}
+
+
+def _magnitude_score(workbench: Any) -> dict[str, Tensor]:
+    return {n: p.detach().abs() for n, p in workbench.model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Unpruned(Scope):
+    """Weights that are not exactly zero in matrices and kernels may move; zeros stay zero through any optimizer."""
+
+    def select(self, workbench: Any) -> Mask:
+        return {n: (p.detach() != 0) if p.dim() > 1 else True for n, p in workbench.model.named_parameters()}
+
+    def __str__(self) -> str:
+        return "unpruned"
+
+
+def everything() -> Scope:
+    """All trainable weights."""
+    return Everything()
+
+
+def layers(*patterns: str) -> Scope:
+    """Parameters whose name matches a shell pattern: `layers("classifier.*", "*.bias")`."""
+    return Layers(tuple(patterns))
+
+
+def last_layers(count: int) -> Scope:
+    """The last `count` modules that own parameters."""
+    return LastLayers(count)
+
+
+def salient(density: float = 0.5, objective: Objective | None = None, on: str = "forget") -> Scope:
+    """The share `density` of weights that the forget loss is most sensitive to (SalUn's mask)."""
+    return Scored(density, Saliency(objective, on), "salient")
+
+
+def fisher_ratio(density: float = 0.1) -> Scope:
+    """The share of weights with the largest ratio of forget to retain importance."""
+    return Scored(density, FisherRatio(), "fisher_ratio")
+
+
+def random_weights(density: float = 0.5) -> Scope:
+    """A random share of weights: the control of every score."""
+    return Scored(density, _random_score, "random")
+
+
+def largest(density: float = 0.5) -> Scope:
+    """The share of weights with the largest magnitude."""
+    return Scored(density, _magnitude_score, "largest")
+
+
+def unpruned() -> Scope:
+    """Keep pruned weights at zero."""
+    return Unpruned()
+
+
+def _and(a: Tensor | bool, b: Tensor | bool) -> Tensor | bool:
+    if isinstance(a, bool):
+        return b if a else False
+    if isinstance(b, bool):
+        return a if b else False
+    return a & b

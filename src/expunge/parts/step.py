@@ -1,0 +1,108 @@
+"""What an objective sees: one batch of one split at one step, with the forward pass made once and shared by its terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import BadSetting, nearest
+from expunge.tasks.base import Batch, Output, PerExample, Task
+
+if TYPE_CHECKING:
+    from expunge.parts.references import References
+
+
+@contextmanager
+def capturing(model: nn.Module, layers: Sequence[str]):
+    """Collect the outputs of named submodules during a forward: `with capturing(model, ["fc1"]) as seen: ...`."""
+    seen: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    hooks = []
+    for name in layers:
+        if name not in modules:
+            raise BadSetting(
+                f"expected a layer of the model, found '{name}'.{nearest(name, modules)} "
+                f"Layers: {', '.join(k for k in list(modules)[1:9])}, ..."
+            )
+
+        def keep(_module: nn.Module, _inputs: Any, result: Any, name: str = name) -> None:
+            seen[name] = result[0] if isinstance(result, tuple) else result
+
+        hooks.append(modules[name].register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class Step:
+    """One batch of one split at one step.
+
+    model: the network under training. networks: all of the method's networks by name ("model" is the user's).
+    output: the model's output, computed on first use and shared. features: layer name -> (B, ...) activations.
+    references: the frozen models, as cheap as the objective allows.
+    rng: a CPU generator of this step and split. epoch counts from 0, progress runs 0..1 over the whole plan.
+    peers: the steps of the other splits of the same joint update.
+    """
+
+    model: nn.Module
+    task: Task
+    batch: Batch
+    references: References
+    rng: torch.Generator
+    split: str = "forget"
+    epoch: int = 0
+    progress: float = 0.0
+    layers: tuple[str, ...] = ()
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    peers: dict[str, Step] = field(default_factory=dict)
+    scratch: dict[str, Any] = field(default_factory=dict)
+    _output: Output | None = None
+    _features: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Output:
+        if self._output is None:
+            with capturing(self.model, self.layers) as seen:
+                self._output = self.task.forward(self.model, self.batch)
+            self._features = seen
+        return self._output
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """Activations of the layers that the step's objectives asked for."""
+        _ = self.output
+        return self._features
+
+    @property
+    def loss(self) -> PerExample:
+        """(B,) the task's loss of the model on this batch, computed once."""
+        if "loss" not in self.scratch:
+            self.scratch["loss"] = self.task.loss(self.output, self.batch)
+        return self.scratch["loss"]
+
+    def reference_output(self, name: str) -> Output:
+        """What a frozen model says about this batch (no gradient)."""
+        return self.references.output(name, self.batch, self.split)
+
+    def reference_loss(self, name: str) -> PerExample:
+        """(B,) the loss of a frozen model: scalars from the cache where that suffices."""
+        return self.references.loss(name, self.batch, self.split)
+
+    def reference_features(self, name: str) -> dict[str, Tensor]:
+        """Activations of a frozen model at the step's layers (no gradient)."""
+        return self.references.features(name, self.batch, self.layers)
+
+    def again(self) -> Step:
+        """The same batch without the cached forward: what an adversary uses after moving weights or inputs."""
+        return Step(
+            self.model, self.task, self.batch, self.references, self.rng, self.split, self.epoch, self.progress,
+            self.layers, self.networks, self.peers,
+        )  # fmt: skip

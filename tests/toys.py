@@ -1,0 +1,108 @@
+"""A toy of every kind of model, trained in seconds and shared by all tests (cached per process).
+
+`toy("class")`: digits, one class to forget; `toy("mislabelled")`: digits, 60 memorised mislabelled rows to forget;
+`toy("regression")`: diabetes, a range of targets to forget. Each has `.case`, `.original` (= case.model), `.retrained`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+from torch import nn
+
+from expunge import Case, Optimizer, Regression, TensorData, Training, requests
+from expunge.engine import fit
+from expunge.seeds import generator
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Toy:
+    case: Case
+    retrained: nn.Module
+
+    @property
+    def original(self) -> nn.Module:
+        return self.case.model
+
+    def measure(self, model: nn.Module, split: str) -> dict[str, float]:
+        return self.case.task.evaluate(model, self.case.split(split).batches())
+
+    def accuracy(self, model: nn.Module, split: str) -> float:
+        return self.measure(model, split)["accuracy"]
+
+    def utility(self, model: nn.Module, split: str) -> float:
+        return self.measure(model, split)[self.case.task.utility]
+
+    def gap(self, model: nn.Module) -> float:
+        """Mean distance of predictions from `retrained`'s on the forget rows (probabilities, or values)."""
+        task, split = self.case.task, self.case.split("forget")
+        total, count = 0.0, 0
+        for batch in split.batches():
+            with torch.no_grad():
+                a, b = task.forward(model.eval(), batch).prediction, task.forward(self.retrained.eval(), batch).prediction
+            if task.name == "classification":
+                a, b = a.softmax(-1), b.softmax(-1)
+            total += float((a - b).abs().reshape(len(batch), -1).sum(1).sum())
+            count += len(batch)
+        return total / count
+
+
+def mlp(inputs: int = 64, hidden: tuple[int, ...] = (128, 64), outputs: int = 10) -> nn.Sequential:
+    sizes = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+def digits(train: int = 600) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """X_train (train, 64) in 0..1, y_train, X_test, y_test: scikit-learn's real digits in one fixed shuffled order."""
+    x, y = load_digits(return_X_y=True)
+    order = torch.randperm(len(x), generator=generator(0, "digits"))
+    x, y = torch.tensor(x / 16, dtype=torch.float32)[order], torch.tensor(y, dtype=torch.int64)[order]
+    return x[:train], y[:train], x[train:], y[train:]
+
+
+@cache
+def toy(kind: str = "class", seed: int = 0) -> Toy:
+    if kind == "regression":
+        return _regression(seed)
+    x, y, x_test, y_test = digits()
+    recipe = Training(epochs=40, batch_size=64, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9, schedule="cosine"))
+    build = mlp
+    if kind == "class":
+        request, labels, clean = requests.label(3), y, None
+    elif kind == "mislabelled":
+        bad = torch.randperm(len(x), generator=generator(seed, "mislabelled"))[:60].sort().values
+        labels = y.clone()
+        labels[bad] = (y[bad] + torch.randint(1, 10, (60,), generator=generator(seed, "wrong"))) % 10
+        request, clean = requests.samples(bad.tolist()), y
+        # memorising wrong labels takes a wider net and longer training
+        recipe = Training(epochs=100, batch_size=64, optimizer=Optimizer("sgd", lr=0.1, momentum=0.9, schedule="cosine"))
+        build = lambda: mlp(64, (256, 128))  # noqa: E731
+    else:
+        raise ValueError(kind)
+    columns = {"inputs": x, "labels": labels} | ({"clean_labels": clean} if clean is not None else {})
+    case = Case(build(), TensorData(**columns), request, test=TensorData(inputs=x_test, labels=y_test), recipe=recipe,
+                build=build, name=f"digits-{kind}")  # fmt: skip
+    case = case.with_(model=fit(case, "train", seed))
+    return Toy(case, fit(case, "retain", seed + 1))
+
+
+def _regression(seed: int) -> Toy:
+    x, y = load_diabetes(return_X_y=True)
+    order = torch.randperm(len(x), generator=generator(0, "diabetes"))
+    x = torch.tensor(x / x.std(0), dtype=torch.float32)[order]
+    y = torch.tensor(y / 10, dtype=torch.float32)[order]
+    build = lambda: mlp(10, (64, 64), 1)  # noqa: E731
+    recipe = Training(epochs=40, batch_size=32, optimizer=Optimizer("adam", lr=3e-3))
+    case = Case(build(), TensorData(inputs=x[:340], labels=y[:340]), requests.where("labels", "<", 8.0),
+                test=TensorData(inputs=x[340:], labels=y[340:]), task=Regression(error="l1"), recipe=recipe, build=build,
+                name="diabetes")  # fmt: skip
+    case = case.with_(model=fit(case, "train", seed))
+    return Toy(case, fit(case, "retain", seed + 1))
