@@ -32,7 +32,7 @@ from expunge.parts.plan import Auxiliary, Plan, Term
 from expunge.parts.references import collect_needs
 from expunge.parts.schedules import Multiplier
 from expunge.parts.scopes.base import Everything
-from expunge.parts.step import Step
+from expunge.parts.step import Joint, Step
 from expunge.parts.stops import Divergence, Halt, Progress, Stop
 from expunge.seeds import derive, generator
 
@@ -160,8 +160,11 @@ class Phase:
     def _prepare(self) -> None:
         plan, bench = self.plan, self.bench
         scope = plan.scope or Everything()
-        self.trained = scope.enter(self.network)
         self.scope = scope
+        self.flags = [(p, p.requires_grad) for p in self.network.parameters()]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.seed, "scope"))
+            self.trained = scope.enter(self.network)
         networks = {**bench.networks, self.trained_name: self.trained}
         self.networks = networks
         saved = bench.model
@@ -178,13 +181,15 @@ class Phase:
         bench.note("live_weights_fraction", live / max(total, 1))
         if live == 0 and plan.terms:
             bench.warn(f"the scope {scope} selected none of {total} weights; nothing can change", EmptyScope)
-        self.flags = [(p, p.requires_grad) for p in self.trained.parameters()]
         for name, p in self.trained.named_parameters():
             m = mask.get(name, False)
             p.requires_grad_(bool(m.any()) if isinstance(m, Tensor) else bool(m))
         needs = collect_needs(plan.terms)
         bench.references.fresh_inputs = any(s.augment is not None for s in self.splits.values())
         bench.references.prepare(needs, self.splits)
+        # A rollback needs a state to go back to; the case's own model is that, unless adapters have changed the keys.
+        same_keys = self.trained.state_dict().keys() == self.bench.case.model.state_dict().keys()
+        self.start = None if same_keys else self._snapshot()
         updates = self._updates(0)
         per_epoch = len(updates)
         moves = self._moves()
@@ -223,7 +228,7 @@ class Phase:
         names = [n for n in active if len(self.splits[n])]
 
         def order(name: str, lap: int = 0) -> list[Tensor]:
-            return self.splits[name].order(generator(self.seed, "order", epoch, name, lap), self._size(name))
+            return self._whole(self.splits[name].order(generator(self.seed, "order", epoch, name, lap), self._size(name)))
 
         if not names:
             return []
@@ -235,7 +240,7 @@ class Phase:
             shuffled = torch.randperm(len(rows), generator=generator(self.seed, "order", epoch, "mixed"))
             return [
                 {n: rows[part][tags[part] == k] for k, n in enumerate(names) if bool((tags[part] == k).any())}
-                for part in shuffled.split(plan.batch_size)
+                for part in self._whole(list(shuffled.split(plan.batch_size)))
             ]
         laps = {name: order(name) for name in names}
         main = plan.epoch_of if plan.epoch_of in laps else max(laps, key=lambda n: len(laps[n]))
@@ -246,6 +251,17 @@ class Phase:
                 lap += 1
                 laps[name] = laps[name] + order(name, lap)
         return [{name: laps[name][i] for name in names} for i in range(length)]
+
+    def _whole(self, batches: list[Tensor]) -> list[Tensor]:
+        """Batch norm cannot train on one row: a last batch of one joins the batch before it."""
+        if batches and len(batches[-1]) == 1 and self.plan.mode == "train" and _has_batch_norm(self.network):
+            if len(batches) == 1:
+                raise BadSetting(
+                    "expected at least two rows per batch to train batch norm, found a split of one row; "
+                    "use Plan(mode='eval'), which keeps the running statistics"
+                )
+            return [*batches[:-2], torch.cat(batches[-2:])]
+        return batches
 
     # -- running ---------------------------------------------------------------------------------------------------
     def run(self, resumed: Any) -> Halt | None:
@@ -259,15 +275,14 @@ class Phase:
         finally:
             for module, training in getattr(self, "network_modes", []):
                 module.training = training
-            for p, flag in self.flags:
-                p.requires_grad_(flag)
-                p.grad = None
             self.trained.zero_grad(set_to_none=True)
         if self.plan.average is not None and self.position.averaged and not (halt and halt.rollback):
             with torch.no_grad():
                 for p, mean in zip(self.optimizers[0].parameters, self.mean, strict=True):
                     p.copy_(mean)
         back = self.scope.leave(self.trained)
+        for p, flag in self.flags:
+            p.requires_grad_(flag)
         if self.trained_name == "model":
             self.bench.model = back
         self.bench.networks[self.trained_name] = back
@@ -311,9 +326,7 @@ class Phase:
 
     def _halted(self, halt: Halt) -> Halt:
         if halt.rollback and self.trained_name == "model":
-            state = self.best if self.best is not None else _original_state(self.bench, self.trained)
-            if state is not None:
-                self.trained.load_state_dict(state)
+            self.trained.load_state_dict(self.best or self.start or self.bench.case.model.state_dict())
             self.bench.warn(halt.warning, Diverged if "loss of" in halt.reason else CollapsedUtility)
         return halt
 
@@ -382,7 +395,9 @@ class Phase:
         done = self.position.epoch * updates_per_epoch + self.position.update
         for name, ids in rows.items():
             split = self.splits[name]
-            rng = generator(self.seed, "draw", self.position.epoch, self.position.update, name)
+            # each process draws for its own rows; one process draws as if there were no others
+            own = (self.distribution.rank,) if self.distribution.count > 1 else ()
+            rng = generator(self.seed, "draw", self.position.epoch, self.position.update, name, *own)
             batch = self.bench.fill(split.data.fetch(ids))
             if split.augment is not None:
                 batch = split.augment(batch, rng)
@@ -392,8 +407,9 @@ class Phase:
                 self.trained, self.bench.task, batch, self.bench.references, rng, name, self.position.epoch,
                 done / total, tuple(layers), self.networks,
             )  # fmt: skip
+        joint = Joint(list(steps.values())) if self.plan.rhythm == "mixed" and len(steps) > 1 else None
         for step in steps.values():
-            step.peers = steps
+            step.peers, step.joint = steps, joint
         return steps
 
     def _value(self, i: int, step: Step) -> Tensor:
@@ -541,9 +557,8 @@ def _freeze(plan: Plan, workbench: Workbench) -> None:
         workbench.references.add(plan.trains.name, workbench.networks[plan.trains.name])
 
 
-def _original_state(workbench: Workbench, trained: nn.Module) -> dict[str, Tensor] | None:
-    state = {k: v.detach().clone() for k, v in workbench.case.model.state_dict().items()}
-    return state if state.keys() == trained.state_dict().keys() else None
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def _pairs(mask: dict[str, Any], model: nn.Module) -> Iterator[tuple[Any, Tensor]]:

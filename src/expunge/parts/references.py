@@ -45,13 +45,19 @@ class References:
     def model(self, name: str) -> nn.Module:
         """The frozen module; made on first use."""
         if name not in self._models:
-            if name not in self.make:
-                known = ", ".join(sorted({*self.make, *self._models})) or "none"
-                raise UnmetNeed(
-                    f"expected a reference model '{name}', found {known}; name one of these or add a phase that trains it"
-                )
-            self._models[name] = frozen_copy(self.make[name]()).to(self.device)
+            self._models[name] = frozen_copy(self._source(name)).to(self.device)
         return self._models[name]
+
+    def _source(self, name: str) -> nn.Module:
+        """The module behind a name, not copied."""
+        if name in self._models:
+            return self._models[name]
+        if name not in self.make:
+            known = ", ".join(sorted({*self.make, *self._models})) or "none"
+            raise UnmetNeed(
+                f"expected a reference model '{name}', found {known}; name one of these or add a phase that trains it"
+            )
+        return self.make[name]()
 
     def add(self, name: str, model: nn.Module) -> None:
         """Freeze a trained network and make it available under `name`."""
@@ -72,7 +78,7 @@ class References:
 
     def _fill(self, key: tuple[str, str], split: Split, wanted: set[str], batch_size: int) -> None:
         name = key[0]
-        model = self._models.get(name) or self.make[name]()
+        model = self._source(name)
         if next(model.parameters()).device != torch.device(self.device):
             model = frozen_copy(model).to(self.device)
         rows = int(split.ids.max()) + 1

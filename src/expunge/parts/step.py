@@ -41,6 +41,32 @@ def capturing(model: nn.Module, layers: Sequence[str]):
             hook.remove()
 
 
+class Joint:
+    """One forward over the rows of several splits at once: a mixed batch is one batch to batch norm, as in the papers that
+    mix. Each step then sees its own rows of the output."""
+
+    def __init__(self, steps: Sequence[Step]):
+        self.steps = list(steps)
+
+    def run(self) -> None:
+        first, sizes = self.steps[0], [len(s.batch) for s in self.steps]
+        columns = {}
+        for name, value in first.batch.columns.items():
+            per_row = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == sizes[0]
+            columns[name] = torch.cat([s.batch[name] for s in self.steps]) if per_row else value
+        batch = Batch(torch.cat([s.batch.ids for s in self.steps]), columns)
+        layers = sorted({layer for s in self.steps for layer in s.layers})
+        with capturing(first.model, layers) as seen:
+            output = first.task.forward(first.model, batch)
+        start = 0
+        for step, size in zip(self.steps, sizes, strict=True):
+            rows = slice(start, start + size)
+            extra = {k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (sum(sizes),) else v for k, v in output.extra.items()}
+            step._output = Output(output.prediction[rows], extra)
+            step._features = {k: v[rows] for k, v in seen.items()}
+            start += size
+
+
 @dataclass
 class Step:
     """One batch of one split at one step.
@@ -64,11 +90,14 @@ class Step:
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
     peers: dict[str, Step] = field(default_factory=dict)
     scratch: dict[str, Any] = field(default_factory=dict)
+    joint: Joint | None = None
     _output: Output | None = None
     _features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def output(self) -> Output:
+        if self._output is None and self.joint is not None:
+            self.joint.run()
         if self._output is None:
             with capturing(self.model, self.layers) as seen:
                 self._output = self.task.forward(self.model, self.batch)
