@@ -102,7 +102,7 @@ def digest_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> str:
     source: a state dict (name -> tensor), a `.safetensors` file, or a folder whose `*.safetensors` files together hold
     the tensors. What is hashed, for each tensor in the order of the names' UTF-8 bytes: one line of JSON
     `[name, dtype, shape]` (dtype as safetensors spells it), a newline, then the raw little-endian bytes. So the order
-    of the entries, the metadata of the file and the way it is cut into shards do not matter. No torch is needed for files.
+    of the entries, the metadata of the file and the way it is cut into shards do not matter. Files need no torch.
     """
     digest = hashlib.sha256()
     if isinstance(source, Mapping):

@@ -195,6 +195,26 @@ def test_frozen_and_tied_parameters() -> None:
     assert not torch.equal(together.parameters["first.weight"], start.parameters["first.weight"])
 
 
+class Counting(nn.Module):
+    """Counts its training batches in a buffer, as exponential averages and the like do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10).double()
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.batches.add_(1)
+        return self.layer(x)
+
+
+def test_buffers_of_a_finished_member_stand_still() -> None:
+    ensemble = Ensemble.train(Counting, TASK, DATA, subsets(16, 80), Training(epochs=2, batch_size=16), [1, 2])
+    assert ensemble.buffers["batches"].tolist() == [2, 10]
+    assert float(ensemble.model(1).batches) == 10
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

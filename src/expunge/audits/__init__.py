@@ -1,4 +1,5 @@
-"""Audits: checks over the original, the unlearned and the retrained model, with the noise floor of a second retrained seed."""
+"""Audits: checks over the original, the unlearned and the retrained model, with the noise floor of a second retrained
+seed."""
 
 from __future__ import annotations
 
@@ -7,5 +8,15 @@ from expunge.audits.golds import GOLDS, Gold, make_gold
 from expunge.audits.subjects import Subjects
 
 __all__ = [
-    "GOLDS", "Check", "Gold", "Measured", "Measurement", "Subjects", "check", "checks", "find_check", "make_gold", "run_checks",
-]  # fmt: skip
+    "GOLDS",
+    "Check",
+    "Gold",
+    "Measured",
+    "Measurement",
+    "Subjects",
+    "check",
+    "checks",
+    "find_check",
+    "make_gold",
+    "run_checks",
+]

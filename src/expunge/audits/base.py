@@ -1,10 +1,10 @@
 """What a check is, what it measures, and the registry that lists them.
 
-A check is a function `(subjects, **settings) -> list[Measurement]` under the decorator `@check(...)`, which says its unit,
-direction, range and needs. The decorated name is a `Check`: calling it verifies the needs first, and `run_checks` verifies
-the needs of all checks together, so that everything missing is told at once, before any model runs.
+A check is a function `(subjects, **settings) -> list[Measurement]` under the decorator `@check(...)`, which says its
+unit, direction, range and needs. The decorated name is a `Check`: calling it verifies the needs first, and `run_checks`
+verifies the needs of all checks together, so that everything missing is told at once, before any model runs.
 
-    @check("ua", unit="%", direction="match", range=(0, 100), needs=("retrained",), kinds=("classification",), source="...")
+    @check("ua", unit="%", range=(0, 100), needs=("retrained",), kinds=("classification",), source="...")
     def ua(subjects):
         return [ua.measurement(subjects.proportion(...), split="forget")]
 
@@ -49,7 +49,8 @@ class Measured:
 class Measurement:
     """One number of one check on one split, for all subjects together (the fields of `expunge.records.Measurement`).
 
-    floor: distance between a second retrained seed and the first, in the same unit: a gap to `retrained` below it is noise.
+    floor: distance between a second retrained seed and the first, in the same unit: a gap to `retrained` below it is
+    noise.
     direction: `match` means that nearest to retrained is best. curves: subject -> {"fpr": [...], "tpr": [...]} or other
     named lists. per_example: subject -> list, in the order of the split.
     """
@@ -77,7 +78,18 @@ class Measurement:
 
     def as_dict(self, extras: bool = False) -> dict[str, Any]:
         """What results.json holds; `extras` adds `curves` and `per_example`, which the record keeps elsewhere."""
-        names = ["check", "name", "version", "unit", "direction", "range", "split", "original", "unlearned", "retrained"]
+        names = [
+            "check",
+            "name",
+            "version",
+            "unit",
+            "direction",
+            "range",
+            "split",
+            "original",
+            "unlearned",
+            "retrained",
+        ]
         found = {name: getattr(self, name) for name in [*names, "floor", "intervals", "note"]}
         found["range"] = list(self.range)
         found["intervals"] = {subject: list(pair) for subject, pair in self.intervals.items()}
@@ -125,8 +137,8 @@ class Check:
         for name in settings:
             if name not in known:
                 raise BadSetting(
-                    f"expected settings of the check '{self.name}' ({', '.join(known) or 'it has none'}), found '{name}'."
-                    f"{nearest(name, known)} Remove or rename it."
+                    f"expected settings of the check '{self.name}' ({', '.join(known) or 'it has none'}), found "
+                    f"'{name}'.{nearest(name, known)} Remove or rename it."
                 )
 
     def measurement(self, measured: Measured, *, name: str = "", split: str = "", **changes: Any) -> Measurement:
@@ -134,17 +146,11 @@ class Check:
 
         Intervals are cut to the range, so that an unbounded one (a single example) becomes the whole range.
         """
-        fields = {"unit": self.unit, "direction": self.direction, "range": self.range} | changes
-        return Measurement(
-            check=self.name,
-            name=name or self.name,
-            version=self.version,
-            split=split,
-            **{subject: measured.values.get(subject) for subject in ("original", "unlearned", "retrained", "floor")},
-            intervals={subject: _cut(pair, fields["range"]) for subject, pair in measured.intervals.items()},
-            per_example=measured.per_example,
-            **fields,
-        )
+        fields: dict[str, Any] = {"unit": self.unit, "direction": self.direction, "range": self.range}
+        fields |= {subject: measured.values.get(subject) for subject in ("original", "unlearned", "retrained", "floor")}
+        fields |= {"intervals": measured.intervals, "per_example": measured.per_example} | changes
+        fields["intervals"] = {subject: _cut(pair, fields["range"]) for subject, pair in fields["intervals"].items()}
+        return Measurement(check=self.name, name=name or self.name, version=self.version, split=split, **fields)
 
 
 _CHECKS: dict[str, Check] = {}
@@ -159,7 +165,8 @@ def check(name: str, **facts: Any) -> Callable[[Callable[..., list[Measurement]]
         earlier = _CHECKS.get(name)
         if earlier is not None and earlier.function.__module__ != function.__module__:
             raise BadSetting(
-                f"expected a new name for a check, found '{name}', which {earlier.function.__module__} has; choose another"
+                f"expected a new name for a check, found '{name}', which {earlier.function.__module__} has; choose "
+                "another"
             )
         _CHECKS[name] = made
         return made
@@ -183,7 +190,9 @@ def find_check(which: str | Check) -> Check:
         return which
     known = checks()
     if which not in known:
-        raise BadSetting(f"expected a check, one of {', '.join(known)}, found '{which}'.{nearest(which, known)} Use one of them.")
+        raise BadSetting(
+            f"expected a check, one of {', '.join(known)}, found '{which}'.{nearest(which, known)} Use one of them."
+        )
     return known[which]
 
 

@@ -1,7 +1,8 @@
 """What the unlearned model is compared with: the gold, in five kinds.
 
     retrain       the case's recipe on the retain split, with a seed
-    clean_label   the recipe on retain plus the forget rows under their clean labels: the gold where labels were poisoned
+    clean_label   the recipe on retain plus the forget rows under their clean labels: the gold where labels were
+    poisoned
                   (Corrective Machine Unlearning, arXiv 2402.14015: retraining on what is left is a baseline there)
     ensemble      the mean prediction of several retrained models: no single model's seed noise
     closed_form   a model given by the caller, e.g. an exact solution
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gold:
-    """A reference and how it came to be. bound: of a certified residual (`bound`, `epsilon`, `delta`), when there is no model.
+    """A reference and how it came to be. bound: of a certified residual (`bound`, `epsilon`, `delta`), when there is no
+    model.
 
     seconds: of training, 0.0 when it was read from the cache or given.
     """
@@ -78,14 +80,16 @@ def clean_label(
     column: str = "clean_labels",
     rows: str = "forget",
 ) -> Gold:
-    """The recipe on all rows, with the labels of the `rows` ("forget", or "all" for partly identified requests) cleaned."""
+    """The recipe on all rows, with the labels of the `rows` ("forget", or "all" for partly identified requests)
+    cleaned."""
     if rows not in ("forget", "all"):
         raise BadSetting(f"expected rows to be 'forget' or 'all', found {rows!r}; choose one")
     labels = getattr(case.task, "labels", "labels")
     if column not in case.data.names:
         raise MissingGold(
-            f"expected a column '{column}' of clean labels for the gold 'clean_label', found {', '.join(case.data.names)}; "
-            "add the column to the data, name another by column=..., or use the gold 'retrain'"
+            f"expected a column '{column}' of clean labels for the gold 'clean_label', found "
+            f"{', '.join(case.data.names)}; add the column to the data, name another by column=..., or use the gold "
+            "'retrain'"
         )
     if not hasattr(case.data, "replaced"):
         raise MissingGold(
@@ -116,7 +120,9 @@ def ensemble(
         golds = [retrain(case, derive(seed, "gold", number), cache) for number in range(size)]
         models, seconds = [gold.model for gold in golds], sum(gold.seconds for gold in golds)
     elif not models:
-        raise MissingGold("expected retrained models for the gold 'ensemble', found an empty list; pass some, or models=None")
+        raise MissingGold(
+            "expected retrained models for the gold 'ensemble', found an empty list; pass some, or models=None"
+        )
     else:
         seconds = 0.0
     return Gold("ensemble", MeanPrediction(models, case.task.name == "classification").eval(), seed, seconds)
@@ -126,7 +132,8 @@ def closed_form(case: Case, seed: int = 0, cache: Any = None, model: nn.Module |
     """A given model, e.g. the exact solution without the forget rows."""
     if not isinstance(model, nn.Module):
         raise MissingGold(
-            f"expected the exact model for the gold 'closed_form', found {type(model).__name__}; pass model=..., or use 'retrain'"
+            f"expected the exact model for the gold 'closed_form', found {type(model).__name__}; pass model=..., or "
+            "use 'retrain'"
         )
     return Gold("closed_form", model)
 
@@ -135,21 +142,29 @@ def residual(case: Case, seed: int = 0, cache: Any = None, bound: Mapping[str, f
     """No model, but a certified bound on what is left, e.g. {"bound": 0.01, "epsilon": 1.0, "delta": 1e-5}."""
     if not bound or "bound" not in bound:
         raise MissingGold(
-            f"expected a certified bound for the gold 'residual', found {bound!r}; pass bound={{'bound': ..., 'epsilon': ..., "
-            "'delta': ...}} from the method's record, or use 'retrain'"
+            f"expected a certified bound for the gold 'residual', found {bound!r}; pass "
+            f"bound={{'bound': ..., 'epsilon': ..., 'delta': ...}} from the method's record, or use 'retrain'"
         )
     return Gold("residual", None, bound=dict(bound))
 
 
 GOLDS: dict[str, Callable[..., Gold]] = {
-    "retrain": retrain, "clean_label": clean_label, "ensemble": ensemble, "closed_form": closed_form, "residual": residual,
-}  # fmt: skip
+    "retrain": retrain,
+    "clean_label": clean_label,
+    "ensemble": ensemble,
+    "closed_form": closed_form,
+    "residual": residual,
+}
 
 
-def make_gold(kind: str, case: Case, seed: int = 0, cache: str | os.PathLike[str] | None = None, **settings: Any) -> Gold:
+def make_gold(
+    kind: str, case: Case, seed: int = 0, cache: str | os.PathLike[str] | None = None, **settings: Any
+) -> Gold:
     """The gold of this kind; `cache` is a folder where trained golds are kept."""
     if kind not in GOLDS:
-        raise BadSetting(f"expected a gold, one of {', '.join(GOLDS)}, found '{kind}'.{nearest(kind, GOLDS)} Use one of them.")
+        raise BadSetting(
+            f"expected a gold, one of {', '.join(GOLDS)}, found '{kind}'.{nearest(kind, GOLDS)} Use one of them."
+        )
     try:
         return GOLDS[kind](case, seed=seed, cache=cache, **settings)
     except TypeError as error:
@@ -159,7 +174,8 @@ def make_gold(kind: str, case: Case, seed: int = 0, cache: str | os.PathLike[str
 
 
 def gold_key(case: Case, split: Split, kind: str, seed: int) -> str:
-    """sha256 of all a trained gold depends on: recipe, data, live rows, seed, kind of gold, task, shape and maker of the model."""
+    """sha256 of all a trained gold depends on: recipe, data, live rows, seed, kind of gold, task, shape and maker of
+    the model."""
     live = hashlib.sha256(torch.as_tensor(split.ids, dtype=torch.int64).numpy().tobytes()).hexdigest()
     facts = {
         "kind": kind,
@@ -168,7 +184,10 @@ def gold_key(case: Case, split: Split, kind: str, seed: int) -> str:
         "live": live,
         "seed": int(seed),
         "task": repr(case.task),
-        "model": [type(case.model).__qualname__, [[n, list(t.shape), str(t.dtype)] for n, t in case.model.state_dict().items()]],
+        "model": [
+            type(case.model).__qualname__,
+            [[n, list(t.shape), str(t.dtype)] for n, t in case.model.state_dict().items()],
+        ],
         "build": _name(case.build),
         "augment": _name(split.augment),
     }

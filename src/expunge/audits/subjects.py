@@ -1,15 +1,13 @@
 """The models under audit side by side, each run once over each split.
 
-A pass runs one model over one split, in eval mode and without augmentation, and keeps what every check reads: membership
-signals, losses, forget scores, predictions and the task's own utility. Whatever a stochastic task draws (`task.prepare`)
-is drawn from the audit's seed and the split, so that all models see the same draws.
+A pass runs one model over one split, in eval mode and without augmentation, and keeps what every check reads:
+membership signals, losses, forget scores, predictions and the task's own utility. Whatever a stochastic task draws
+(`task.prepare`) is drawn from the audit's seed and the split, so that all models see the same draws.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +16,8 @@ from torch import nn
 
 from expunge.audits.base import Measured
 from expunge.audits.metrics.intervals import RESAMPLES, bootstrap, mean, wilson
+from expunge.audits.passes import Pass, run_pass
 from expunge.errors import BadSetting, ExpungeError, MissingGold, UnmetNeed, nearest
-from expunge.seeds import generator
-from expunge.tasks.base import Batch, Output, evaluating, move_to_model
 
 if TYPE_CHECKING:
     from expunge.cases.case import Case
@@ -30,8 +27,8 @@ SUBJECTS = ("original", "unlearned", "retrained", "floor", "untrained")
 COMPARED = ("original", "unlearned", "retrained", "floor")
 
 NEEDS: dict[str, str] = {
-    "retrained": "expected a model retrained without the forget data, found none; pass Subjects(..., retrained=...), made by "
-    "audits.make_gold('retrain', case) or another gold",
+    "retrained": "expected a model retrained without the forget data, found none; pass Subjects(..., retrained=...), "
+    "made by audits.make_gold('retrain', case) or another gold",
     "floor": "expected a second retrained model with another seed (the noise floor), found none; pass Subjects(..., "
     "floor=...), made by audits.make_gold('retrain', case, seed=another)",
     "untrained": "expected an untrained model, found none and the case cannot make one ({why}); pass Subjects(..., "
@@ -40,32 +37,15 @@ NEEDS: dict[str, str] = {
     "retain": "expected rows to keep, found none; audit a request that leaves some",
     "holdout": "expected data never seen but of the forget kind, found none; pass Case(holdout=...) or Case(test=...)",
     "test": "expected data never seen, found none; pass Case(test=...)",
-    "kind_holdout": "expected a request that defines a kind (a class, a predicate) and unseen data of it, found none; request "
-    "label(c) or where(...), and pass Case(test=...)",
+    "kind_holdout": "expected a request that defines a kind (a class, a predicate) and unseen data of it, found none; "
+    "request label(c) or where(...), and pass Case(test=...)",
     "original_ensemble": "expected many models trained with the forget data, found none; pass Subjects(..., "
     "ensembles={{'original': ...}}), made by engine.ensemble",
-    "unlearned_ensemble": "expected many unlearned models, found none; pass Subjects(..., ensembles={{'unlearned': ...}}), one "
-    "unlearned from each model of an ensemble",
+    "unlearned_ensemble": "expected many unlearned models, found none; pass Subjects(..., "
+    "ensembles={{'unlearned': ...}}), one unlearned from each model of an ensemble",
     "retrained_ensemble": "expected many models retrained without the forget data, found none; pass Subjects(..., "
     "ensembles={{'retrained': ...}}), made by engine.ensemble on the retain split",
 }
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one model said about one split, n examples in the order of the split. Arrays are float64 on the CPU.
-
-    predictions: (n, ...) or None where a kind's predictions are not one row per example of at most one dimension.
-    utility: the task's `evaluate`.
-    """
-
-    ids: np.ndarray
-    signals: dict[str, np.ndarray]
-    forget_score: np.ndarray
-    loss: np.ndarray
-    answers: np.ndarray | None
-    predictions: np.ndarray | None
-    utility: dict[str, float]
 
 
 class Subjects:
@@ -75,7 +55,8 @@ class Subjects:
         case: the request, its splits and its task.
         original, unlearned: before and after. retrained: trained without the forget data (a model or a `Gold`).
         floor: a second retrained seed. untrained: default `case.fresh(seed)`, made when first asked for.
-        ensembles: "original" | "unlearned" | "retrained" | "floor" -> many models' signals, models x examples: a mapping
+        ensembles: "original" | "unlearned" | "retrained" | "floor" -> many models' signals, models x examples: a
+        mapping
             `{split: margins (M, n)}` or `{(split, signal): (M, n)}`, or an object with `.signals(split, signal)`.
         seed: of all draws of the audit (subsamples, attackers, bootstrap).
     """
@@ -97,13 +78,21 @@ class Subjects:
         self.case, self.task, self.seed = case, case.task, seed
         self.batch_size, self.resamples = batch_size, resamples
         self.ensembles = dict(ensembles or {})
-        given = {"original": original, "unlearned": unlearned, "retrained": retrained, "floor": floor, "untrained": untrained}
+        given = {
+            "original": original,
+            "unlearned": unlearned,
+            "retrained": retrained,
+            "floor": floor,
+            "untrained": untrained,
+        }
         self.models: dict[str, nn.Module] = {}
         for name, model in given.items():
             model = model if isinstance(model, nn.Module) or model is None else getattr(model, "model", model)
             if model is not None:
                 if not isinstance(model, nn.Module):
-                    raise BadSetting(f"expected '{name}' as a torch.nn.Module or a Gold, found {type(model).__name__}; pass one")
+                    raise BadSetting(
+                        f"expected '{name}' as a torch.nn.Module or a Gold, found {type(model).__name__}; pass one"
+                    )
                 self.models[name] = model
         self._memory: dict[Any, Any] = {}
         self._untrained_problem = ""
@@ -118,7 +107,8 @@ class Subjects:
         """The model of a subject; `MissingGold` or `UnmetNeed` with the remedy where it is absent."""
         if subject not in SUBJECTS:
             raise BadSetting(
-                f"expected a subject, one of {', '.join(SUBJECTS)}, found '{subject}'.{nearest(subject, SUBJECTS)} Use one of them."
+                f"expected a subject, one of {', '.join(SUBJECTS)}, found '{subject}'.{nearest(subject, SUBJECTS)} "
+                "Use one of them."
             )
         text = self.unmet(subject)
         if text:
@@ -130,7 +120,9 @@ class Subjects:
         if need in ("original", "unlearned"):
             return None
         if need not in NEEDS:
-            raise BadSetting(f"expected a need, one of {', '.join(NEEDS)}, found '{need}'.{nearest(need, NEEDS)} Use one of them.")
+            raise BadSetting(
+                f"expected a need, one of {', '.join(NEEDS)}, found '{need}'.{nearest(need, NEEDS)} Use one of them."
+            )
         if need == "untrained":
             met = self._make_untrained()
         elif need in ("retrained", "floor"):
@@ -162,8 +154,13 @@ class Subjects:
     def passed(self, subject: str, split: str | Split) -> Pass:
         """The pass of a subject over a split (by name, or any `Split`), run once and kept."""
         return self.memo(
-            ("pass", subject, split if isinstance(split, str) else _Same(split)), lambda: self._run(self.model(subject), split)
+            ("pass", subject, split if isinstance(split, str) else _Same(split)),
+            lambda: self._run(subject, split),
         )
+
+    def _run(self, subject: str, split: str | Split) -> Pass:
+        where = self.case.split(split) if isinstance(split, str) else split
+        return run_pass(self.task, self.model(subject), where, self.seed, self.batch_size)
 
     def signals(self, subject: str, split: str | Split) -> dict[str, np.ndarray]:
         """Signal -> (n,), higher means more likely a member."""
@@ -174,8 +171,8 @@ class Subjects:
         found = self.signals(subject, split)
         if name not in found:
             raise BadSetting(
-                f"expected a signal of {self.task.name}, one of {', '.join(found)}, found '{name}'.{nearest(name, found)} "
-                "Use one of them."
+                f"expected a signal of {self.task.name}, one of {', '.join(found)}, found "
+                f"'{name}'.{nearest(name, found)} Use one of them."
             )
         return found[name]
 
@@ -195,7 +192,9 @@ class Subjects:
         """(n,) true answers, where the task has them as one column."""
         found = self.passed("original", split).answers
         if found is None:
-            raise UnmetNeed(f"expected true answers in one column, found none for {self.task.name}; leave this check out")
+            raise UnmetNeed(
+                f"expected true answers in one column, found none for {self.task.name}; leave this check out"
+            )
         return found
 
     def predictions(self, subject: str, split: str | Split) -> np.ndarray:
@@ -203,8 +202,8 @@ class Subjects:
         found = self.passed(subject, split).predictions
         if found is None:
             raise UnmetNeed(
-                f"expected one row of predictions for each example, found larger outputs from {self.task.name}; use checks on "
-                "signals or losses instead"
+                f"expected one row of predictions for each example, found larger outputs from {self.task.name}; use "
+                "checks on signals or losses instead"
             )
         return found
 
@@ -217,15 +216,18 @@ class Subjects:
             found = source.get((split, signal), source.get(split) if signal == "margin" else None)
             if found is None:
                 raise UnmetNeed(
-                    f"expected the ensemble '{subject}' to have ('{split}', '{signal}'), found {sorted(map(str, source))}; add it"
+                    f"expected the ensemble '{subject}' to have ('{split}', '{signal}'), found "
+                    f"{sorted(map(str, source))}; add it"
                 )
         else:
-            found = self.memo(("matrix", subject, split, signal), lambda: source.signals(self.case.split(split), signal))
+            found = self.memo(
+                ("matrix", subject, split, signal), lambda: source.signals(self.case.split(split), signal)
+            )
         found = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
         if found.ndim != 2 or found.shape[1] != len(self.case.split(split)):
             raise BadSetting(
-                f"expected the ensemble '{subject}' as (models, {len(self.case.split(split))}) on {split}, found {found.shape}; "
-                "give one row per model and one column per example of the split"
+                f"expected the ensemble '{subject}' as (models, {len(self.case.split(split))}) on {split}, found "
+                f"{found.shape}; give one row per model and one column per example of the split"
             )
         return found.astype(np.float64)
 
@@ -238,7 +240,8 @@ class Subjects:
     ) -> Measured:
         """`statistic` of each compared subject, with 95% intervals over examples.
 
-        sample: subject -> one array, or several that are resampled apart (forget and holdout scores), rows are examples.
+        sample: subject -> one array, or several that are resampled apart (forget and holdout scores), rows are
+        examples.
         interval: the same arguments as `statistic` -> (low, high); default: `bootstrap`.
         """
         values, intervals = {}, {}
@@ -252,7 +255,8 @@ class Subjects:
         return self._against_floor(values, intervals)
 
     def proportion(self, right: Callable[[str], np.ndarray], scale: float = 1.0, flip: bool = False) -> Measured:
-        """Share of examples where `right(subject)` (n,) is 1, times `scale`, with Wilson's interval; `flip`: 1 - share."""
+        """Share of examples where `right(subject)` (n,) is 1, times `scale`, with Wilson's interval; `flip`: 1 -
+        share."""
         values, intervals = {}, {}
         for subject in self.compared:
             hits = np.asarray(right(subject), dtype=np.float64)
@@ -272,76 +276,18 @@ class Subjects:
             intervals.pop("floor", None)
         return Measured(values, intervals)
 
+    def share(self, other: Subjects) -> None:
+        """Take over the passes and attacks of all models but the unlearned one, from an audit of the same references."""
+        for key, value in other._memory.items():
+            if isinstance(key, tuple) and key[0] in ("pass", "attacked") and key[1] != "unlearned":
+                if self.models.get(key[1]) is other.models.get(key[1]):
+                    self._memory[key] = value
+
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, once for each key."""
         if key not in self._memory:
             self._memory[key] = make()
         return self._memory[key]
-
-    # -- one pass --------------------------------------------------------------------------------------------------
-    def _run(self, model: nn.Module, split: str | Split) -> Pass:
-        where = self.case.split(split) if isinstance(split, str) else split
-        replay = _Replay(self.task)
-        parts: list[dict[str, Any]] = []
-
-        def batches() -> Iterator[Batch]:
-            for number, batch in enumerate(where.batches(self.batch_size)):
-                batch = self.task.prepare(batch, generator(self.seed, "audit", where.name, number))
-                batch = move_to_model(batch, model)
-                output = self.task.forward(model, batch)
-                parts.append(self._read(output, batch))
-                replay.hold(batch, output)
-                yield batch
-
-        with evaluating(model):
-            running = batches()
-            utility = replay.task.evaluate(model, running)
-            for _ in running:
-                pass  # an evaluation that stops early must not shorten the signals
-        return _join(parts, utility, where.name)
-
-    def _read(self, output: Output, batch: Batch) -> dict[str, Any]:
-        rows = output.prediction
-        fits = rows.dim() in (1, 2) and rows.shape[0] == len(batch)
-        if fits and self.task.name == "classification":
-            rows = rows.double().softmax(-1)
-        answers = self.task.answers(batch)
-        return {
-            "ids": batch.ids.cpu().numpy(),
-            "signals": {name: _array(value) for name, value in self.task.signals(output, batch).items()},
-            "forget_score": _array(self.task.forget_score(output, batch)),
-            "loss": _array(self.task.loss(output, batch)),
-            "answers": None if answers is None else answers.detach().cpu().numpy(),
-            "predictions": _array(rows) if fits else None,
-        }
-
-
-class _Replay:
-    """A copy of the task whose `forward` hands back the output just computed for the very batch it is asked about.
-
-    A batch that the task changed before its forward (other columns) is run for real.
-    """
-
-    def __init__(self, task: Any):
-        self.task = copy.copy(task)
-        self.batch: Batch | None = None
-        self.output: Output | None = None
-        true_forward = task.forward
-
-        def forward(model: nn.Module, batch: Batch) -> Output:
-            held = self.batch
-            same = (
-                held is not None
-                and held.ids is batch.ids
-                and held.columns.keys() == batch.columns.keys()
-                and all(held.columns[name] is batch.columns[name] for name in held.columns)
-            )
-            return self.output if same else true_forward(model, batch)
-
-        object.__setattr__(self.task, "forward", forward)
-
-    def hold(self, batch: Batch, output: Output) -> None:
-        self.batch, self.output = batch, output
 
 
 class _Same:
@@ -355,26 +301,3 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.thing)
-
-
-def _array(values: torch.Tensor) -> np.ndarray:
-    return values.detach().double().cpu().numpy()
-
-
-def _join(parts: list[dict[str, Any]], utility: Mapping[str, float], split: str) -> Pass:
-    if not parts:
-        raise UnmetNeed(f"expected examples in the {split} split, found none; audit a request and data that fill it")
-
-    def joined(name: str) -> np.ndarray | None:
-        return None if parts[0][name] is None else np.concatenate([part[name] for part in parts])
-
-    names = parts[0]["signals"]
-    return Pass(
-        ids=np.concatenate([part["ids"] for part in parts]),
-        signals={name: np.concatenate([part["signals"][name] for part in parts]) for name in names},
-        forget_score=np.concatenate([part["forget_score"] for part in parts]),
-        loss=np.concatenate([part["loss"] for part in parts]),
-        answers=joined("answers"),
-        predictions=joined("predictions"),
-        utility=dict(utility),
-    )

@@ -1,9 +1,9 @@
 """How much faster models train together than one after another, on scikit-learn's real digits.
 
-The same 64 shadow models (random halves of 1000 digits, batch 64, SGD with momentum) are trained twice in one process on
-one torch thread: by a bare PyTorch loop, one model after another, and by `Ensemble.train`. Both times are the best of
-`--repeats`, taken in turns so that other load on the machine meets both. Final weights are compared: a fast wrong answer
-does not count.
+The same 64 shadow models (random halves of 1000 digits, batch 64, SGD with momentum) are trained twice in one process
+on one torch thread: by a bare PyTorch loop, one model after another, and by `Ensemble.train`. Both times are the best
+of `--repeats`, taken in turns so that other load on the machine meets both. Final weights are compared: a fast wrong
+answer does not count.
 
     python -m expunge.benchmarks.ensemble_speed                  # MLP 64-64-10, the measured goal: ratio >= 2.5 on CPU
     python -m expunge.benchmarks.ensemble_speed --model conv     # a small convolutional network
@@ -100,7 +100,7 @@ def measure(
         seconds, ensemble = timed(together)
         vectorised.append(seconds)
     difference = max(
-        float((p - ensemble.parameters[name][i]).abs().max())
+        float((p.detach() - ensemble.parameters[name][i]).abs().max())
         for i, model in enumerate(apart)
         for name, p in model.named_parameters()
     )

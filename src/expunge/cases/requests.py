@@ -94,7 +94,10 @@ class Where(Request):
         return self.mask(data) if self.column in data.names else None
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.name, "summary": f"rows where {self.column} {self.op} {self.value}"}
+        # a number or a class is part of the question; a text may be a person's name, so only its digest is kept
+        text = isinstance(self.value, str)
+        shown = f"sha256:{hashlib.sha256(self.value.encode()).hexdigest()[:16]}" if text else self.value
+        return {"kind": self.name, "summary": f"rows where {self.column} {self.op} {shown}"}
 
 
 @dataclass(frozen=True)

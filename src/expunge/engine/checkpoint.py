@@ -18,6 +18,7 @@ from expunge.files import digest_weights, write_atomic
 if TYPE_CHECKING:
     from expunge.engine.loop import Phase, Position
     from expunge.engine.workbench import Workbench
+    from expunge.parts.plan import Plan
 
 FORMAT = "expunge.checkpoint/1"
 
@@ -42,9 +43,16 @@ class Resumed:
         phase.resumed_mean = [v for _, v in sorted(self.part("mean/").items())]
         best = self.part("best/")
         phase.resumed_best = best or None
+        phase.kept = [self.part(f"kept{i}/") for i in range(len(self.position.kept_values))]
         for name in {k.split("/")[1] for k in self.tensors if k.startswith("network/")}:
             if name in phase.networks and name != phase.trained_name:
                 phase.networks[name].load_state_dict(self.part(f"network/{name}/"))
+
+    def restore_entry(self, plan: Plan, workbench: Workbench) -> None:
+        """Put back the weights that a later phase began with, before it is prepared."""
+        state = self.part("entry/")
+        if state and isinstance(plan.trains, str):
+            workbench.networks[plan.trains].load_state_dict(state)
 
     def restore_network(self, name: str, workbench: Workbench) -> None:
         state = self.part(f"network/{name}/")
@@ -73,6 +81,8 @@ class Checkpointer:
             tensors |= {f"optimizer{i}/{k}": v for k, v in optimizer.tensors().items()}
         tensors |= {f"mean/{i:06d}": v for i, v in enumerate(phase.mean)}
         tensors |= {f"best/{k}": v for k, v in (phase.best or {}).items()}
+        tensors |= {f"entry/{k}": v for k, v in (phase.entry or {}).items()}
+        tensors |= {f"kept{i}/{k}": v for i, kept in enumerate(phase.kept) for k, v in kept.items()}
         for name, network in phase.bench.networks.items():
             if name != phase.trained_name:
                 tensors |= {f"network/{name}/{k}": v for k, v in network.state_dict().items()}

@@ -66,6 +66,7 @@ class Position:
     best_utility: float | None = None
     first_losses: dict[str, float] = field(default_factory=dict)
     moved_terms: list[str] = field(default_factory=list)
+    kept_values: list[float] = field(default_factory=list)
 
 
 def run_plan(
@@ -95,6 +96,8 @@ def run_plan(
             continue
         if number > position.phase:
             position = Position(phase=number, step=position.step)
+        if resumed is not None and number == resumed.position.phase:
+            resumed.restore_entry(phase, workbench)
         runner = Phase(phase, number, workbench, position, trace, stop, checkpointer, distribution or Distribution(), log)
         halted = runner.run(resumed if resumed is not None and resumed.position.phase == number else None)
         resumed = None
@@ -141,6 +144,8 @@ class Phase:
         self._original: dict[tuple[str, str], float] = {}
         self.resumed_mean: list[Tensor] = []
         self.resumed_best: dict[str, Tensor] | None = None
+        self.kept: list[dict[str, Tensor]] = []
+        self.entry: dict[str, Tensor] | None = None
 
     # -- before the first step -------------------------------------------------------------------------------------
     def _splits(self):
@@ -159,6 +164,9 @@ class Phase:
 
     def _prepare(self) -> None:
         plan, bench = self.plan, self.bench
+        if self.number > 0 and isinstance(plan.trains, str):
+            # what masks, frozen weights and prepared memory of a later phase are made from: a resumed run needs it again
+            self.entry = {k: v.detach().to("cpu", copy=True) for k, v in self.network.state_dict().items()}
         scope = plan.scope or Everything()
         self.scope = scope
         self.flags = [(p, p.requires_grad) for p in self.network.parameters()]
@@ -188,8 +196,7 @@ class Phase:
         bench.references.fresh_inputs = any(s.augment is not None for s in self.splits.values())
         bench.references.prepare(needs, self.splits)
         # A rollback needs a state to go back to; the case's own model is that, unless adapters have changed the keys.
-        same_keys = self.trained.state_dict().keys() == self.bench.case.model.state_dict().keys()
-        self.start = None if same_keys else self._snapshot()
+        self.start = None if _shapes(self.trained) == _shapes(bench.case.model) else self._snapshot()
         updates = self._updates(0)
         per_epoch = len(updates)
         moves = self._moves()
@@ -197,6 +204,7 @@ class Phase:
             MaskedOptimizer(self.trained, spec, mask, per_epoch * plan.epochs, per_epoch) for spec, _ in moves
         ]
         self.moves = [terms for _, terms in moves]
+        self.anchors = [[p.detach().clone() for p in o.parameters] for o in self.optimizers] if plan.proximal else []
 
     def _moves(self) -> list[tuple[Any, list[int]]]:
         """Terms grouped by the optimizer that moves for them: those of the plan first, then each with its own."""
@@ -318,7 +326,22 @@ class Phase:
                 return self._halted(halt)
             if self.stop.keeps_best and self.trained_name == "model":
                 self.best = self._snapshot()
+            if plan.rewind is not None:
+                self.kept.append(self._snapshot())
+                position.kept_values.append(self._measure("forget", plan.rewind.key))
+        self._rewind()
         return None
+
+    def _rewind(self) -> None:
+        """After the last epoch: the kept epoch that the plan's rule chooses comes back."""
+        rule = self.plan.rewind
+        if rule is None or not self.kept:
+            return
+        reference = self._measure("holdout", rule.key)
+        chosen = rule.choose(self.position.kept_values, reference)
+        self.trained.load_state_dict(self.kept[chosen])
+        self.bench.note("rewound_to_epoch", chosen + 1)
+        self.bench.note("rewind_reference", reference)
 
     def _ask(self, question: Callable[[Progress], Halt | None]) -> Halt | None:
         losses = self.trace.history[-1]["losses"] if self.trace.history else {}
@@ -359,14 +382,18 @@ class Phase:
         share = {n: len(ids) for n, ids in update.items()}
         weights = self.distribution.local_weights(share)
         local = {n: self.distribution.mine(ids) for n, ids in update.items()}
-        for terms, optimizer in zip(self.moves, self.optimizers, strict=True):
+        for number, (terms, optimizer) in enumerate(zip(self.moves, self.optimizers, strict=True)):
             chosen = [i for i in terms if self.plan.terms[i].on in update and i in self._active(epoch)]
             if not chosen:
                 continue
             steps = self._steps(local, updates_per_epoch)
             optimizer.zero_grad()
             losses = self._gradients(chosen, steps, optimizer, weights, share)
+            optimizer.epoch = epoch
             optimizer.step()
+            if self.plan.proximal is not None:
+                progress = (epoch + (self.position.update + 1) / updates_per_epoch) / self.plan.epochs
+                self.plan.proximal.apply(optimizer.parameters, self.anchors[number], progress)
             for i, value in losses.items():
                 entry[self.labels[i]] = value
                 self._note_term(i, value)
@@ -555,6 +582,10 @@ def _freeze(plan: Plan, workbench: Workbench) -> None:
     """A trained auxiliary network becomes a frozen reference."""
     if isinstance(plan.trains, Auxiliary):
         workbench.references.add(plan.trains.name, workbench.networks[plan.trains.name])
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

@@ -34,6 +34,8 @@ class MaskedOptimizer:
                 self.partial.append((p, live, p.detach().clone()))
         self.inner = self._make() if self.parameters else None
         self.steps = 0
+        self.epoch: int | None = None
+        """Set by the loop where epochs differ in length (a term that rests after some epochs); else counted from steps."""
 
     def _make(self) -> torch.optim.Optimizer:
         spec, foreach = self.spec, len(self.parameters) > 1 and not self.parameters[0].is_meta
@@ -59,7 +61,7 @@ class MaskedOptimizer:
         if spec.schedule == "linear":
             return spec.lr * (1 - (t - warm) / max(total - warm, 1))
         if spec.schedule == "steps":
-            epoch = t // self.steps_per_epoch
+            epoch = t // self.steps_per_epoch if self.epoch is None else self.epoch
             return spec.lr * spec.decay ** sum(epoch >= m for m in spec.milestones)
         return spec.lr
 

@@ -6,6 +6,8 @@ or not at all, except metrics.jsonl, which grows by lines and is cut back to the
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +20,8 @@ from typing import Any
 import yaml
 from torch import nn
 
-from expunge.errors import BadModel, RunBusy
+from expunge.cases.weights import load_weights, save_model
+from expunge.errors import DiskFull, RunBusy
 from expunge.files import write_atomic
 
 LIBRARIES = ("torch", "numpy", "accelerate", "transformers", "datasets", "peft", "torchjd", "scikit-learn", "safetensors")
@@ -75,7 +78,8 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # lines that a full disk refused; a resumed run writes them again
+                self._metrics.close()
             self._metrics = None
         if self._lock is not None:
             self._lock.truncate(0)
@@ -103,8 +107,17 @@ class RunDirectory:
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
 
     def log(self, entry: dict[str, Any]) -> None:
-        if self._metrics is not None:
+        if self._metrics is None:
+            return
+        try:
             self._metrics.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DiskFull(
+                f"expected room for another line of metrics.jsonl in {self.path}, and the disk is full; free some space and "
+                "run the same command again: it goes on from the last checkpoint"
+            ) from error
 
     # -- models ----------------------------------------------------------------------------------------------------
     @property
@@ -117,39 +130,3 @@ class RunDirectory:
     @property
     def weights_file(self) -> Path:
         return self.model_path / "model.safetensors"
-
-
-def save_model(model: nn.Module, folder: Path) -> None:
-    """A Hugging Face model in its own format; any other module as model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        model.save_pretrained(folder)
-        return
-    from safetensors.torch import save
-
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-
-
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Put safetensors weights into a module of the same keys; anything that would need unpickling is refused."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        raise BadModel(
-            f"expected weights as .safetensors, found '{path.name}'; Expunge never unpickles files. Load it in your own code "
-            "and save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-        )
-    try:
-        state = load_file(str(path))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadModel(f"expected a whole safetensors file, found {path.name} damaged or missing ({error}); export it again") from error
-    result = model.load_state_dict(state, strict=False)
-    if result.missing_keys or result.unexpected_keys:
-        raise BadModel(
-            f"expected the weights of {type(model).__name__}, found {len(result.missing_keys)} missing "
-            f"({result.missing_keys[:3]}) and {len(result.unexpected_keys)} unknown ({result.unexpected_keys[:3]}); "
-            "give the module:function that builds the very model these weights come from"
-        )
-    return model

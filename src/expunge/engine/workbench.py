@@ -101,7 +101,7 @@ class Workbench:
 
     def importance(
         self,
-        on: str,
+        on: str | Split,
         batch_size: int = 64,
         power: int = 2,
         shuffled: bool = False,
@@ -110,15 +110,24 @@ class Workbench:
         """(1/B) sum over batches |grad of the batch mean|^power, eval mode: SSD's importance, NOT a per-example Fisher (the
         batch size matters: mean gradients shrink with it). energy: another (B,) function of the step than the loss."""
         names, parameters = self._trainable()
-        total, count = [torch.zeros_like(p) for p in parameters], 0
+        # half precision squares to zero: sums are kept in float32 there
+        kind = {p: torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype for p in parameters}
+        total, count = [torch.zeros_like(p, dtype=kind[p]) for p in parameters], 0
+        split = on if isinstance(on, str) else on.name
         with _modes(self.model, training=False):
             for batch in self.batches(on, batch_size, shuffled=shuffled, purpose="importance"):
-                step = self.step(self.task.prepare(batch, generator(self.seed, "prepare", on, count)), on)
+                step = self.step(self.task.prepare(batch, generator(self.seed, "prepare", split, count)), split)
                 value = (step.loss if energy is None else energy(step)).mean()
-                for t, g in zip(total, _grad(value, parameters), strict=True):
-                    t.add_(g.abs() if power == 1 else g.square())
+                found = torch.autograd.grad(value, parameters, allow_unused=True)
+                pairs = [(t, g.to(t.dtype)) for t, g in zip(total, found, strict=True) if g is not None]
+                sums, gradients = [t for t, _ in pairs], [g for _, g in pairs]
+                # Squared out of place: autograd may hand one tensor to two parameters. Not addcmul, whose fused rounding
+                # would differ from the published code's in the last bit.
+                size = torch._foreach_abs(gradients) if power == 1 else torch._foreach_mul(gradients, gradients)
+                torch._foreach_add_(sums, size)
                 count += 1
-        return {name: t / max(count, 1) for name, t in zip(names, total, strict=True)}
+        torch._foreach_div_(total, float(max(count, 1)))
+        return dict(zip(names, total, strict=True))
 
     def evaluate(self, split: str | Split, model: nn.Module | None = None, batch_size: int = 512) -> dict[str, float]:
         """The task's measurements of the working model (or another) on a split."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from expunge.parts.adversaries import Adversary
     from expunge.parts.balances import Balance
     from expunge.parts.objectives.base import Objective
+    from expunge.parts.proximal import Proximal
+    from expunge.parts.rewind import Rewind
     from expunge.parts.scopes.base import Scope
     from expunge.parts.stops import Stop
 
@@ -116,6 +118,7 @@ class Plan:
 
     trains: the network under training, "model" or an `Auxiliary`. mode: "train" or "eval" (batch norm and dropout off).
     pool: rows per epoch of a split, e.g. {"retain": 0.3} (a share) or {"retain": 500} (a count), drawn once per phase.
+    proximal: a step that follows each update (soft thresholding towards the start). rewind: which epoch's weights come out.
     phases: plans run in order on the same model instead of terms of one's own.
     needs: what the case must have (see methods.registry.NEEDS).
     """
@@ -134,6 +137,8 @@ class Plan:
     trains: str | Auxiliary = "model"
     pool: tuple[tuple[str, float], ...] = ()
     average: Any = None
+    proximal: Proximal | None = None
+    rewind: Rewind | None = None
     phases: tuple[Plan, ...] = ()
     name: str = ""
 
@@ -182,8 +187,10 @@ class Plan:
         text += f" balanced by {self.balance}" if self.balance is not None else ""
         adversaries = self.adversary if isinstance(self.adversary, tuple) else (self.adversary,) if self.adversary else ()
         text += "".join(f" against {a}" for a in adversaries)
+        text += f" with {self.proximal}" if self.proximal is not None else ""
         text += f" by {self.optimizer} for {self.epochs} epoch{'s' if self.epochs != 1 else ''}"
         text += f" until {self.stop}" if self.stop is not None else ""
+        text += f", {self.rewind}" if self.rewind is not None else ""
         return text
 
 

@@ -19,11 +19,22 @@ if TYPE_CHECKING:
 
 @contextmanager
 def capturing(model: nn.Module, layers: Sequence[str]):
-    """Collect the outputs of named submodules during a forward: `with capturing(model, ["fc1"]) as seen: ...`."""
+    """Collect the outputs of named submodules during a forward: `with capturing(model, ["fc1"]) as seen: ...`.
+
+    "fc2.input" names what goes into fc2, which need not be any module's output (`self.fc2(F.relu(...))`).
+    """
     seen: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     hooks = []
     for name in layers:
+        owner = name.removesuffix(".input")
+        if name not in modules and owner != name and owner in modules:
+
+            def keep_input(_module: nn.Module, inputs: Any, name: str = name) -> None:
+                seen[name] = inputs[0]
+
+            hooks.append(modules[owner].register_forward_pre_hook(keep_input))
+            continue
         if name not in modules:
             raise BadSetting(
                 f"expected a layer of the model, found '{name}'.{nearest(name, modules)} "

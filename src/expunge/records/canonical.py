@@ -1,9 +1,9 @@
 """One spelling for one value: canonical JSON, so that equal records have equal digests on every machine.
 
-The rule is RFC 8785 (JSON Canonicalization Scheme, https://www.rfc-editor.org/rfc/rfc8785): UTF-8 without spaces, object
-keys sorted by their UTF-16 code units, only the necessary escapes, and numbers as ECMAScript writes them (the shortest
-digits that give the same double back: 1.0 is `1`, 1e-7 is `1e-7`; no locale has a say). NaN, infinities and integers
-beyond 2**53 - 1 have no portable spelling as JSON numbers: `plain` turns them into strings before they are written.
+The rule is RFC 8785 (JSON Canonicalization Scheme, https://www.rfc-editor.org/rfc/rfc8785): UTF-8 without spaces,
+object keys sorted by their UTF-16 code units, only the necessary escapes, and numbers as ECMAScript writes them (the
+shortest digits that give the same double back: 1.0 is `1`, 1e-7 is `1e-7`; no locale has a say). NaN, infinities and
+integers beyond 2**53 - 1 have no portable spelling as JSON numbers: `plain` turns them into strings first.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def digest_ids(ids: Iterable[int | str]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same value in what JSON can say everywhere: tuples become lists, NaN, infinities and integers beyond 2**53 - 1
-    become strings ("NaN", "Infinity", "-Infinity", digits), numpy scalars become Python's."""
+    """The same value in what JSON can say everywhere: tuples become lists, NaN, infinities and integers beyond
+    2**53 - 1 become strings ("NaN", "Infinity", "-Infinity", digits), numpy scalars become Python's."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -58,7 +58,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch values, without importing either
         return plain(value.tolist())
     raise BadData(
-        f"Expected a value that JSON can hold, found {type(value).__name__}. Record a number, a string, a list or a dict."
+        f"Expected a value that JSON can hold, found {type(value).__name__}. Record a number, text, list or dict."
     )
 
 

@@ -1,4 +1,4 @@
-"""A certificate binds one run: the code, the case, the request, the weights before and after, the audit and its verdict.
+"""A certificate binds one run: code, case, request, weights before and after, the audit and its verdict.
 
 Form (JSON, schema "expunge.certificate/1"):
 
@@ -7,11 +7,11 @@ Form (JSON, schema "expunge.certificate/1"):
     signature   Ed25519 over the canonical JSON of {"schema", "digests", "key"}, with the public key and its fingerprint
 
 Because the signature covers the digests and the digests cover the sections, a changed fact is named by its section.
-Checking needs `cryptography` and no torch. Two statements are kept apart: that the signature is valid (the holder of the
-embedded key signed exactly this), and that the key is one you trust (which no file can say about itself).
+Checking needs `cryptography` and no torch. Two statements are kept apart: that the signature is valid (the holder of
+the embedded key signed exactly this), and that the key is one you trust (which no file can say about itself).
 
-The request appears as its kind, its count and digests; never ids, never data. Note that a digest of few or guessable ids
-can be confirmed by whoever guesses them.
+The request appears as its kind, its count and digests; never ids, never data. Note that a digest of few or
+guessable ids can be confirmed by whoever guesses them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SCHEMA = "expunge.certificate/1"
 
 
 def source_digest(package: str | os.PathLike[str] | None = None) -> str:
-    """SHA-256 of a package's source tree (default: the running expunge): the digest of {relative path: digest of the file}
+    """SHA-256 of a package's source tree (default: the running expunge): the digest of {relative path: file digest}
     over all files but compiled ones."""
     root = Path(package) if package is not None else Path(__file__).resolve().parents[1]
     files = (path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
@@ -159,7 +159,7 @@ def verify(
     results: str | os.PathLike[str] | None = None,
     trusted_key: str | os.PathLike[str] | bytes | None = None,
 ) -> Verification:
-    """Check a certificate; `VerificationFailed` names everything that differs. Arguments as in `inspect_certificate`."""
+    """Check a certificate; `VerificationFailed` names all that differs. Arguments as in `inspect_certificate`."""
     found = inspect_certificate(path, weights, results, trusted_key)
     if found.problems:
         raise VerificationFailed(
@@ -184,7 +184,11 @@ def inspect_certificate(
     certificate = _read(path)
     sections, digests = certificate["sections"], certificate["digests"]
     statements = [_check_signature(certificate), _check_trust(certificate, trusted_key)]
-    changed = [name for name in sorted({*sections, *digests}) if digest(sections.get(name)) != digests.get(name)]
+    changed = [
+        name
+        for name in sorted({*sections, *digests})
+        if name not in sections or digest(sections[name]) != digests.get(name)
+    ]
     detail = f"changed after signing: {', '.join(changed)}" if changed else f"all {len(sections)} as signed"
     statements.append(Statement("fields", not changed, detail))
     statements.append(_check_weights(sections.get("weights") or {}, weights))
@@ -221,8 +225,10 @@ def _check_weights(bound: Mapping[str, Any], weights: str | os.PathLike[str] | N
     if weights is None:
         return Statement("weights", None, "no weights were given")
     path = Path(weights)
-    if path.is_file() and digest_file(path) in {bound.get("after"), *(bound.get("files") or {}).values()}:
-        return Statement("weights", True, f"{path.name} is the certified file")
+    # By their bytes first: a format that leaves out tied tensors has another digest than the state dict in memory.
+    files, signed = sorted(path.glob("*.safetensors")) if path.is_dir() else [path], bound.get("files") or {}
+    if signed and {digest_file(file) for file in files if file.is_file()} == set(signed.values()):
+        return Statement("weights", True, f"{path.name} holds the certified files")
     found = digest_weights(path)
     if found == bound.get("after"):
         return Statement("weights", True, f"{path.name} holds the certified weights")

@@ -107,16 +107,17 @@ class Comparison(StoredRecord):
     def shared(self, subject: str) -> dict[Key, Summary]:
         """`original`, `retrained` or `floor` for each measurement.
 
-        Methods that share a training seed share these values, so each training seed counts once: repeating it for
-        every method would make the interval narrower than the evidence. Within a seed the values are averaged.
+        Methods with the same seeds of training and audit (the gold's) share these values, so each such pair counts
+        once: repeating it for every method would make the interval narrower than the evidence. Within a pair the values
+        are averaged.
         """
         found: dict[Key, Summary] = {}
         for key in self.keys():
-            by_seed: dict[int | None, list[float]] = {}
+            by_seed: dict[tuple[int | None, int | None], list[float]] = {}
             for run in self.results:
                 value = next((getattr(row, subject) for row in _all(run) if row.key == key), None)
                 if value is not None:
-                    by_seed.setdefault(run.seeds.training, []).append(value)
+                    by_seed.setdefault((run.seeds.training, run.seeds.audit), []).append(value)
             summary = t_summary(sum(values) / len(values) for values in by_seed.values())
             if summary is not None:
                 found[key] = summary
@@ -128,7 +129,9 @@ def t_summary(values: Iterable[float | None]) -> Summary | None:
     numbers = [float(value) for value in values if value is not None and not math.isnan(value)]
     if not numbers:
         return None
-    n, mean = len(numbers), math.fsum(numbers) / len(numbers)
+    n = len(numbers)
+    # Equal values keep their own digits: a mean that is off by a rounding would invent an interval of 1e-17.
+    mean = numbers[0] if min(numbers) == max(numbers) else math.fsum(numbers) / n
     if n < 2 or not math.isfinite(mean):
         return Summary(mean=mean, low=None, high=None, n=n)
     from scipy.special import stdtrit

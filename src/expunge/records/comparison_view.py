@@ -1,14 +1,15 @@
-"""What the comparison's page shows: methods in an overview, every measurement in one table, pictures of the differences."""
+"""What the comparison's page shows: methods in an overview, every measurement in one table, pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from expunge.records import plots
 from expunge.records.comparison import Comparison, Key, MethodRow, Summary, t_summary
 from expunge.records.limits import limits
 from expunge.records.results import Curve, Measurement, Results
-from expunge.records.svg import show
+from expunge.records.svg import brief, show
 from expunge.records.views import (
     badge,
     facts,
@@ -35,6 +36,7 @@ def comparison_view(comparison: Comparison) -> dict[str, Any]:
         "seeds": seeds,
         "request": safe_pairs(first.case.request),
         "methods": [_method(row, colours[row.label]) for row in rows],
+        "references": _references(comparison),
         "counts": _verdict_counts(rows),
         "measured": _table(comparison, rows, [row.key for run in comparison.results for row in run.measurements]),
         "attacks": _table(comparison, rows, [row.key for run in comparison.results for row in run.attacks]),
@@ -67,9 +69,9 @@ def _method(row: MethodRow, colour: str) -> dict[str, Any]:
         "worst": _pair(worst),
         "forget": _pair(_over(row, forget_row)),
         "utility": _pair(_over(row, utility_row)),
-        "seconds": _pair(row.cost("seconds")),
-        "relative": _pair(row.cost("relative")),
-        "memory": _pair(row.cost("peak_memory_mb")),
+        "seconds": _pair(row.cost("seconds"), brief),
+        "relative": _pair(row.cost("relative"), brief),
+        "memory": _pair(row.cost("peak_memory_mb"), brief),
         "settings": safe_pairs(first.method.settings),
         "numbers": number_rows(first.verdict),
         "seed_list": [
@@ -78,6 +80,27 @@ def _method(row: MethodRow, colour: str) -> dict[str, Any]:
         "curves": plots.training_curves(first),
         "per_class": plots.per_class(first.plots.per_class),
     }
+
+
+def _references(comparison: Comparison) -> list[dict[str, Any]]:
+    """Original and retrained, as lines of the overview."""
+    forget, utility = forget_row(comparison.results[0]), utility_row(comparison.results[0])
+    time = t_summary(run.cost.retrain_seconds for run in comparison.results)
+    lines = []
+    for name in ("original", "retrained"):
+        shared = comparison.shared(name)
+        lines.append(
+            {
+                "label": name,
+                "colour": plots.COLOURS[name],
+                "forget": _pair(shared.get(forget.key) if forget else None),
+                "utility": _pair(shared.get(utility.key) if utility else None),
+                "worst": {"original": "1", "retrained": "0"}[name],
+                "seconds": _pair(time if name == "retrained" else None, brief),
+                "relative": "1" if name == "retrained" and time else show(None),
+            }
+        )
+    return lines
 
 
 def _badge_of(row: MethodRow, word: str) -> Any:
@@ -95,12 +118,13 @@ def _over(row: MethodRow, pick: Any) -> Summary | None:
     return None if chosen is None else row.values[chosen.key].get("unlearned")
 
 
-def _pair(summary: Summary | None) -> dict[str, str]:
+def _pair(summary: Summary | None, write: Callable[[float | None], str] = show) -> dict[str, str]:
     """Mean and half-width as text."""
     if summary is None:
         return {"text": show(None), "half": "", "exact": ""}
-    half = "" if summary.high is None else f"\u00b1 {show(summary.high - summary.mean)}"
-    return {"text": show(summary.mean), "half": half, "exact": repr(summary.mean)}
+    width = None if summary.high is None else summary.high - summary.mean
+    half = "" if width is None else "\u00b1 0" if width == 0 else f"\u00b1 {write(width)}"
+    return {"text": write(summary.mean), "half": half, "exact": repr(summary.mean)}
 
 
 def _table(comparison: Comparison, rows: list[MethodRow], keys: list[Key]) -> list[dict[str, Any]]:
@@ -117,15 +141,16 @@ def _table(comparison: Comparison, rows: list[MethodRow], keys: list[Key]) -> li
 
 
 def _method_cell(row: MethodRow, key: Key, measurement: Measurement) -> dict[str, str]:
+    """Value, gap and grade; where it is an attack on the forget score, the residue in place of the gap."""
     values = row.values.get(key, {})
     gap, floor = values.get("gap"), values.get("floor")
     words, style = grade(gap.mean if gap else None, floor.mean if floor else None, measurement.direction)
-    return {
-        **_pair(values.get("unlearned")),
-        "gap": show(gap.mean if gap else None, signed=True),
-        "words": words,
-        "style": style,
-    }
+    below = f"gap {show(gap.mean if gap else None, signed=True)}"
+    attacks = [(next((m for m in run.attacks if m.key == key), None), residue_base(run)) for run in row.runs]
+    left = t_summary(residue(attack, base) for attack, base in attacks)
+    if left is not None:
+        below = f"res. {show(left.mean)}"
+    return {**_pair(values.get("unlearned")), "gap": below, "words": words, "style": style}
 
 
 def _verdict_counts(rows: list[MethodRow]) -> list[tuple[Any, list[str]]]:
@@ -148,20 +173,24 @@ def _trade_off(comparison: Comparison, rows: list[MethodRow], colours: dict[str,
         gap = t_summary(abs(m.gap) if m and m.gap is not None else None for m in _each(row, forget.key))
         use = row.values.get(utility.key, {}).get("unlearned")
         if gap is not None and use is not None:
-            cost = row.cost("relative")
-            halves = [0.0 if s.high is None else s.high - s.mean for s in (gap, use)]
+            cost, label = row.cost("relative"), row.label
             bubbles.append(
-                plots.Bubble(row.label, gap.mean, use.mean, cost.mean if cost else None, colours[row.label], *halves)
+                plots.Bubble(
+                    label, gap.mean, use.mean, cost.mean if cost else None, colours[label], _half(gap), _half(use)
+                )
             )
-    shared = {subject: comparison.shared(subject) for subject in ("original", "retrained")}
-    known, gold = shared["original"].get(forget.key), shared["retrained"].get(forget.key)
-    for name in ("original", "retrained"):
-        use = shared[name].get(utility.key)
-        if gold is not None and use is not None and (name == "retrained" or known is not None):
-            gap_to_gold = 0.0 if name == "retrained" else abs(known.mean - gold.mean)  # type: ignore[union-attr]
-            cost = 1.0 if name == "retrained" else None
-            bubbles.append(plots.Bubble(name, gap_to_gold, use.mean, cost, plots.COLOURS[name], reference=True))
+    known, gold = (comparison.shared(subject).get(forget.key) for subject in ("original", "retrained"))
+    for name, score, share in (("original", known, None), ("retrained", gold, 1.0)):
+        use = comparison.shared(name).get(utility.key)
+        if score is not None and gold is not None and use is not None:
+            gap_to_gold, colour = abs(score.mean - gold.mean), plots.COLOURS[name]
+            bubbles.append(plots.Bubble(name, gap_to_gold, use.mean, share, colour, reference=True))
     return plots.trade_off(bubbles, f"{forget.name} ({forget.split})", f"{utility.name} ({utility.split or 'all'})")
+
+
+def _half(summary: Summary) -> float:
+    """Half the interval's width; 0 where there is no interval."""
+    return 0.0 if summary.high is None else summary.high - summary.mean
 
 
 def _each(row: MethodRow, key: Key) -> list[Measurement | None]:
@@ -173,7 +202,11 @@ def _histograms(rows: list[MethodRow]) -> list[plots.Figure]:
     drawn = []
     for row in rows:
         recorded = row.runs[0].plots.loss_histograms.get("forget", {})
-        drawn.append(plots.loss_histograms("forget", {name: list(v) for name, v in recorded.items()}, title=row.label))
+        drawn.append(
+            plots.loss_histograms(
+                "forget", {name: list(v) for name, v in recorded.items()}, title=row.label, size=(372, 230)
+            )
+        )
     return drawn
 
 
@@ -185,15 +218,8 @@ def _rocs(rows: list[MethodRow], colours: dict[str, str]) -> list[plots.Figure]:
             here = gathered.setdefault(attack, {})
             for subject, curve in curves.items():
                 here.setdefault(row.label if subject == "unlearned" else subject, curve)
-    order = ["original", "retrained"]
+    first = ("original", "retrained")
     return [
-        plots.roc(
-            attack,
-            {
-                name: curves[name]
-                for name in [*(o for o in order if o in curves), *(c for c in curves if c not in order)]
-            },
-            colours,
-        )
+        plots.roc(attack, dict(sorted(curves.items(), key=lambda pair: pair[0] not in first)), colours, (520, 360))
         for attack, curves in gathered.items()
     ]

@@ -39,7 +39,8 @@ def private_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         found = "no file" if key is None else "a public key or a key of another kind"
         raise BadSetting(
-            f"Expected an Ed25519 private key at {target.name}, found {found}. Make one with: expunge.records.new_key(path)"
+            f"Expected an Ed25519 private key at {target.name}, found {found}. "
+            "Make one with: expunge.records.new_key(path)"
         )
     if os.name == "posix" and target.stat().st_mode & 0o077:
         raise BadSetting(
@@ -82,7 +83,7 @@ def trusted_fingerprint(trusted: str | os.PathLike[str] | bytes) -> str:
         return fingerprint(public_from_pem(text))
     if not Path(text).is_file():
         raise BadSetting(
-            f"Expected the trusted key as a fingerprint (64 hex digits) or a PEM file, found {text!r}, which is neither. "
+            f"Expected the trusted key as a fingerprint (64 hex digits) or a PEM file, found {text!r}. "
             "Give the .pub file of the signer."
         )
     return fingerprint(public_from_pem(Path(text).read_bytes()))

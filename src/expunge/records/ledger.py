@@ -1,12 +1,14 @@
 """The ledger: a durable, append-only account of deletion requests, the runs that served them, and the models they made.
 
-    requests   what was asked, by digests (no ids, no data)          deletions  one row digest for each example asked for
-    events     what happened to a request: received, done, ...       runs       method, settings, seeds, verdict, cost, files
+    requests   what was asked, by digests (no ids, no data)
+    events     what happened to a request: received, done, ...
+    deletions  one row digest for each example asked for
+    runs       method, settings, seeds, verdict, cost, files
     models     weights digest, its parent's digest, the run that made it: the lineage
 
 Nothing is ever changed or removed: a request's status is its latest event. The ORM refuses updates and deletes, and on
-SQLite the database itself does (triggers). SQLite is the default; any SQLAlchemy URL works. Several processes may write:
-on SQLite each write takes the lock at its start (BEGIN IMMEDIATE) and waits for others up to 30 seconds.
+SQLite the database itself does (triggers). SQLite is the default; any SQLAlchemy URL works. Several processes may
+write: on SQLite each write takes the lock at its start (BEGIN IMMEDIATE) and waits for others up to 30 seconds.
 
 A row digest tells whether an example was already deleted. It is a plain hash of content, so whoever can guess an
 example can confirm it: keep the ledger as private as the data's index.
@@ -14,103 +16,37 @@ example can confirm it: keep the ledger as private as the data's index.
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Self
 
-from sqlalchemy import DDL, JSON, ForeignKey, Index, UniqueConstraint, create_engine, event, select
+from sqlalchemy import select
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.orm import Session
 
 from expunge.errors import BadRequest, BadSetting, DiskFull
 from expunge.records.canonical import digest_ids, plain
-
-OPEN, DONE = "received", "done"
-STATUSES = (OPEN, "running", "failed", DONE, "refused")
-_CLOSED = (DONE, "refused")
-
-
-def _identity() -> str:
-    return uuid.uuid4().hex
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-class Base(DeclarativeBase):
-    type_annotation_map = {dict[str, Any]: JSON}  # noqa: RUF012 (SQLAlchemy's own spelling)
-
-
-class RequestRow(Base):
-    __tablename__ = "requests"
-    id: Mapped[str] = mapped_column(primary_key=True, default=_identity)
-    fingerprint: Mapped[str] = mapped_column(index=True)
-    kind: Mapped[str]
-    summary: Mapped[str]
-    ids_digest: Mapped[str | None]
-    received_at: Mapped[str] = mapped_column(default=_now)
-    events: Mapped[list[EventRow]] = relationship(order_by="EventRow.number", lazy="selectin")
-
-    @property
-    def status(self) -> str:
-        """The latest event's."""
-        return self.events[-1].status if self.events else OPEN
-
-
-class EventRow(Base):
-    __tablename__ = "events"
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    request: Mapped[str] = mapped_column(ForeignKey("requests.id"), index=True)
-    status: Mapped[str]
-    at: Mapped[str] = mapped_column(default=_now)
-    note: Mapped[str] = mapped_column(default="")
-
-
-class DeletionRow(Base):
-    __tablename__ = "deletions"
-    __table_args__ = (
-        Index("deletions_by_content", "fingerprint", "row_digest"),
-        UniqueConstraint("request", "row_digest"),
-    )
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    request: Mapped[str] = mapped_column(ForeignKey("requests.id"))
-    fingerprint: Mapped[str]
-    row_digest: Mapped[str]
-
-
-class RunRow(Base):
-    __tablename__ = "runs"
-    id: Mapped[str] = mapped_column(primary_key=True, default=_identity)
-    request: Mapped[str] = mapped_column(ForeignKey("requests.id"), index=True)
-    method: Mapped[str]
-    settings: Mapped[dict[str, Any]]
-    seeds: Mapped[dict[str, Any]]
-    verdict: Mapped[str | None]
-    cost: Mapped[dict[str, Any]]
-    results_path: Mapped[str | None]
-    certificate_digest: Mapped[str | None]
-    recorded_at: Mapped[str] = mapped_column(default=_now)
-
-
-class ModelRow(Base):
-    __tablename__ = "models"
-    digest: Mapped[str] = mapped_column(primary_key=True)
-    parent: Mapped[str | None] = mapped_column(index=True)
-    run: Mapped[str | None] = mapped_column(ForeignKey("runs.id"))
-    fingerprint: Mapped[str] = mapped_column(index=True)
-    recorded_at: Mapped[str] = mapped_column(default=_now)
+from expunge.records.ledger_tables import (
+    CLOSED,
+    DONE,
+    OPEN,
+    STATUSES,
+    Base,
+    DeletionRow,
+    EventRow,
+    ModelRow,
+    RequestRow,
+    RunRow,
+    open_engine,
+)
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What recording a request found: `repeated` maps row digests that an earlier request already named to that request;
-    `fresh` are those never seen."""
+    """What recording a request found: `repeated` maps row digests that an earlier request already named to that
+    request; `fresh` are those never seen."""
 
     id: str
     repeated: dict[str, str]
@@ -121,7 +57,7 @@ class Ledger:
     """Open (or make) the ledger at a SQLAlchemy URL."""
 
     def __init__(self, url: str | URL = "sqlite:///expunge.db") -> None:
-        self._engine = _engine(make_url(url))
+        self._engine = open_engine(make_url(url))
         self._reading = self._engine.execution_options(reading=True)
         with self._translated():
             Base.metadata.create_all(self._engine)
@@ -192,8 +128,8 @@ class Ledger:
     def record_model(
         self, digest: str, fingerprint: str, parent: str | None = None, run: str | None = None
     ) -> ModelRow:
-        """Write a model by its weights' digest. Writing the same fact again changes nothing (a model that a later request
-        starts from may be named without its parent); another parent for known weights is an error: lineage is history."""
+        """Write a model by its weights' digest. Writing the same fact again changes nothing (a model that a later
+        request starts from may be named without its parent). Another parent for known weights is an error."""
         if parent == digest:
             raise BadRequest(
                 "Expected a new model to have other weights than its parent, found the same digest. "
@@ -207,7 +143,7 @@ class Ledger:
                 session.flush()
             elif parent not in (None, known.parent) or known.fingerprint != fingerprint:
                 raise BadRequest(
-                    f"Expected weights {digest[:12]}... to keep the parent and data they were recorded with, found others. "
+                    f"Expected weights {digest[:12]}... to keep their recorded parent and data, found others. "
                     "Check which model was given; the ledger's past cannot be rewritten."
                 )
             return known
@@ -225,7 +161,7 @@ class Ledger:
 
     def open_requests(self, fingerprint: str | None = None) -> list[RequestRow]:
         """Requests not yet done or refused, oldest first."""
-        return [request for request in self.requests(fingerprint) if request.status not in _CLOSED]
+        return [request for request in self.requests(fingerprint) if request.status not in CLOSED]
 
     def requests(self, fingerprint: str | None = None) -> list[RequestRow]:
         """All requests (about that data), oldest first."""
@@ -304,51 +240,3 @@ class Ledger:
             for row, request in session.execute(query.order_by(DeletionRow.number)):
                 found.setdefault(row, request)
         return found
-
-
-def _engine(url: URL) -> Engine:
-    engine = create_engine(url)
-    if url.get_backend_name() == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by `_begin_sqlite`, not guessed by the driver
-    connection.execute("PRAGMA busy_timeout = 30000")
-    connection.execute("PRAGMA foreign_keys = ON")
-    for attempt in range(50):  # two processes that both switch a new file to WAL: SQLite does not wait here by itself
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            break
-        except Exception as error:
-            if "locked" not in str(error) or attempt == 49:
-                raise
-            time.sleep(0.05)
-
-
-def _begin_sqlite(connection: Any) -> None:
-    reading = connection.get_execution_options().get("reading", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-
-@event.listens_for(Session, "before_flush")
-def _append_only(session: Session, *_: Any) -> None:
-    touched = [row for row in (*session.dirty, *session.deleted) if isinstance(row, Base)]
-    if any(session.is_modified(row) or row in session.deleted for row in touched):
-        raise BadSetting(
-            "Expected only new rows, found a changed or deleted one. The ledger is append-only: record an event."
-        )
-
-
-for _table in Base.metadata.tables.values():
-    for _verb in ("UPDATE", "DELETE"):
-        event.listen(
-            _table,
-            "after_create",
-            DDL(
-                f"CREATE TRIGGER {_table.name}_no_{_verb.lower()} BEFORE {_verb} ON {_table.name} "
-                "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-            ).execute_if(dialect="sqlite"),
-        )

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -72,17 +73,31 @@ def trade_off(bubbles: Sequence[Bubble], gap_name: str, utility_name: str) -> Fi
     for b in sorted(bubbles, key=lambda b: -sizes[b.label]):
         inside = low <= b.utility <= high and b.gap <= x_high
         if inside and b.gap_half:
-            chart.line([(max(b.gap - b.gap_half, 0), b.utility), (b.gap + b.gap_half, b.utility)], b.colour, width=0.9)
+            chart.line(
+                [(max(b.gap - b.gap_half, 0), b.utility), (b.gap + b.gap_half, b.utility)],
+                b.colour,
+                width=1.2,
+                opacity=0.4,
+            )
         if inside and b.utility_half:
-            chart.line([(b.gap, b.utility - b.utility_half), (b.gap, b.utility + b.utility_half)], b.colour, width=0.9)
+            chart.line(
+                [(b.gap, b.utility - b.utility_half), (b.gap, b.utility + b.utility_half)],
+                b.colour,
+                width=1.2,
+                opacity=0.4,
+            )
         told = f"{b.label}: gap {show(b.gap)}, {utility_name} {show(b.utility)}, cost {show(b.cost)} of retraining"
         chart.dot(b.gap, b.utility, sizes[b.label], b.colour, told, hollow=b.reference)
         if not inside:
             outside.append(b.label)
     for b in sorted(bubbles, key=lambda b: sizes[b.label]):
-        far = f" ({show(b.gap)}, {show(b.utility)}) \u2192 outside" if b.label in outside else ""
+        far = ""
+        if b.label in outside:
+            far = f" \u2192 gap {show(b.gap)}" if b.gap > x_high else ""
+            arrow = "\u2193" if b.utility < low else "\u2191"
+            far += "" if low <= b.utility <= high else f" {arrow} {show(b.utility)}"
         chart.name(b.gap, b.utility, sizes[b.label], b.label + far, bold=b.reference)
-    caption = "The best corner is top left. The area of a bubble grows with the time relative to retraining; hollow: reference."
+    caption = "The best corner is top left. A bubble's area grows with time relative to retraining; hollow: reference."
     if len(front) > 1:
         caption += " The dotted line joins the methods that no other beats on both axes."
     if any(b.gap_half or b.utility_half for b in bubbles):
@@ -92,7 +107,9 @@ def trade_off(bubbles: Sequence[Bubble], gap_name: str, utility_name: str) -> Fi
     return Figure(title, chart.markup(), caption)
 
 
-def loss_histograms(split: str, subjects: Mapping[str, Sequence[float | None]], title: str = "") -> Figure:
+def loss_histograms(
+    split: str, subjects: Mapping[str, Sequence[float | None]], title: str = "", size: tuple[int, int] = (520, 240)
+) -> Figure:
     """How the losses of one split's examples lie under each subject: shares over common bins."""
     title = title or f"Losses on {split}"
     clean = {
@@ -103,8 +120,7 @@ def loss_histograms(split: str, subjects: Mapping[str, Sequence[float | None]], 
         return Figure(title, None, f"Left out: no per-example losses were recorded on {split}.")
     everything = sorted(v for values in clean.values() for v in values)
     low, high = _quantile(everything, 0.005), _quantile(everything, 0.995)
-    middle = _quantile(everything, 0.5)
-    log = everything[0] >= 0 and high > 20 * max(middle, 1e-12)
+    log = everything[0] >= 0 and high > 30 * max(_quantile(everything, 0.1), 1e-12)
     low = max(low, high * 1e-6, 1e-8) if log else low
     if high <= low:
         low, high = (low / 2, low * 2) if log and low > 0 else (low - 0.5, high + 0.5)
@@ -115,7 +131,7 @@ def loss_histograms(split: str, subjects: Mapping[str, Sequence[float | None]], 
     shares = {name: grouped(values, reach, edges) for name, values in clean.items()}
     top = max(max(share) for share in shares.values()) * 1.08
     chart = Chart(
-        (372, 230),
+        size,
         (edges[0], edges[-1]),
         (0, top),
         "loss per example" + (" (log scale)" if log else ""),
@@ -132,14 +148,19 @@ def loss_histograms(split: str, subjects: Mapping[str, Sequence[float | None]], 
     return Figure(title, chart.markup(), f"{min(counts)} examples; the outermost bins hold everything beyond them.")
 
 
-def roc(attack: str, curves: Mapping[str, Curve], colours: Mapping[str, str] | None = None) -> Figure:
+def roc(
+    attack: str,
+    curves: Mapping[str, Curve],
+    colours: Mapping[str, str] | None = None,
+    size: tuple[int, int] = (372, 300),
+) -> Figure:
     """Receiver operating curves of one attack; the diagonal is guessing."""
     colours = {**COLOURS, **(colours or {})}
     usable = {name: curve for name, curve in curves.items() if len(curve.fpr) > 1}
     if not usable:
         return Figure(attack, None, f"Left out: no curve was recorded for {attack}.")
     chart = Chart(
-        (372, 300), (0, 1), (0, 1), "false positive rate", "true positive rate", f"ROC curves of the attack {attack}"
+        size, (0, 1), (0, 1), "false positive rate", "true positive rate", f"ROC curves of the attack {attack}"
     )
     chart.line([(0, 0), (1, 1)], "#9aa5b1", "3 4", 1.2)
     legend = []
@@ -167,7 +188,7 @@ def per_class(subjects: Mapping[str, Sequence[float | None]], most: int = 30) ->
         classes = sorted(sorted(classes, key=lambda c: -_difference(subjects, c))[:most])
         caption = f"The {most} of {count} classes where unlearned and retrained differ most."
     chart = Chart(
-        (760, 270),
+        (520, 250),
         (-0.6, len(classes) - 0.4),
         (0, 1),
         "class",
@@ -187,15 +208,15 @@ def per_class(subjects: Mapping[str, Sequence[float | None]], most: int = 30) ->
 def training_curves(run: Results) -> Figure:
     """What was measured while the method ran, over its steps."""
     title = "While it ran"
-    rows = [dict(row) for row in run.plots.curves] or [dict(row) for row in run.history]
+    rows = [dict(row) for row in run.plots.curves] or [{**row, **_losses(row)} for row in run.history]
     rows = [row for row in rows if _number(row.get("step", row.get("epoch"))) is not None]
     names = [
         n for n in dict.fromkeys(k for row in rows for k in row) if n not in ("step", "epoch", "phase", "seconds", "lr")
     ]
     series = {}
     for name in names:
-        points = [(float(row.get("step", row.get("epoch"))), _number(row.get(name))) for row in rows]
-        known = [(x, y) for x, y in points if y is not None]
+        points = [(_number(row.get("step", row.get("epoch"))), _number(row.get(name))) for row in rows]
+        known = [(x, y) for x, y in points if x is not None and y is not None]
         if len(known) > 1:
             series[name] = known
     if not series:
@@ -209,7 +230,7 @@ def training_curves(run: Results) -> Figure:
     ys = [y for name in order for _, y in series[name] if math.isfinite(y)] or [0.0]
     low, high = min(0.0, min(ys)), max(ys)
     chart = Chart(
-        (760, 270),
+        (520, 250),
         (min(xs), max(xs)),
         (low, high + (high - low) * 0.06),
         "step",
@@ -267,6 +288,11 @@ def _thin(points: list[tuple[float, float]], most: int = 240) -> list[tuple[floa
     if len(points) <= most:
         return points
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def _losses(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = row.get("losses")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _number(value: object) -> float | None:

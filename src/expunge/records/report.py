@@ -1,4 +1,4 @@
-"""report.html: one page that says what happened, in plain words first and in numbers after. It is a view of results.json.
+"""report.html: one page that says what happened, in plain words first, in numbers after. A view of results.json.
 
 The page holds everything it shows: styles and pictures are inside, there is no script, nothing is fetched, and its
 content policy forbids both. Text from outside is escaped. No example of the data is ever shown, nor are ids.
@@ -20,7 +20,7 @@ from expunge.records.comparison import Comparison
 from expunge.records.comparison_view import comparison_view
 from expunge.records.limits import limits
 from expunge.records.results import Measurement, Results
-from expunge.records.svg import show
+from expunge.records.svg import brief, show
 from expunge.records.views import (
     badge,
     cell,
@@ -47,6 +47,30 @@ def write_report(path: str | os.PathLike[str], results_or_comparison: Results | 
     return write_atomic(path, render(results_or_comparison))
 
 
+def render_study(parts: Mapping[str, Comparison], title: str, subtitle: str = "") -> str:
+    """Several comparisons (requests to one model) on one page."""
+    from markupsafe import Markup
+
+    body = _templates().get_template("comparison_body.html")
+    shown = []
+    for number, (name, comparison) in enumerate(parts.items()):
+        view = comparison_view(comparison)
+        shown.append(
+            {
+                "anchor": f"part{number}",
+                "title": f"{name}: {view['title']}",
+                "counts": view["counts"],
+                "body": Markup(body.render(**view)),  # already escaped by its own template
+            }
+        )
+    return _templates().get_template("study.html").render(title=title, subtitle=subtitle, parts=shown)
+
+
+def write_study(path: str | os.PathLike[str], parts: Mapping[str, Comparison], title: str, subtitle: str = "") -> Path:
+    """Write the page of several comparisons to `path` in one step."""
+    return write_atomic(path, render_study(parts, title, subtitle))
+
+
 @cache
 def _templates() -> Environment:
     environment = Environment(
@@ -57,6 +81,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["show"] = show
+    environment.filters["brief"] = brief
     return environment
 
 
@@ -126,12 +151,12 @@ def _tiles(run: Results) -> list[dict[str, str]]:
             {"title": "Under attack", "value": str(len(run.attacks)), "detail": "measurements, in the table below"}
         )
     relative, memory = run.cost.relative, run.cost.peak_memory_mb
-    value = f"{show(run.cost.seconds)} s" if relative is None else f"{100 * relative:.3g} %"
+    cost = f"{brief(run.cost.seconds)} s" if relative is None else f"{100 * relative:.3g} %"
     detail = (
-        "retraining was not timed" if relative is None else f"of retraining\u2019s time: {show(run.cost.seconds)} s"
+        "retraining was not timed" if relative is None else f"of retraining\u2019s time: {brief(run.cost.seconds)} s"
     )
     tiles.append(
-        {"title": "Cost", "value": value, "detail": detail + (f"; {show(memory)} MB at most" if memory else "")}
+        {"title": "Cost", "value": cost, "detail": detail + (f"; {brief(memory)} MB at most" if memory else "")}
     )
     return tiles
 

@@ -6,13 +6,13 @@ measurement: a gap to `retrained` that is smaller than the floor is noise.
 
 Plots (`results["plots"]`), each part optional; a missing part is left out of the report with a line saying why:
 
-    loss_histograms  {split: {subject: [loss of one example, ...]}}        nats (or the task's natural energy), any order
+    loss_histograms  {split: {subject: [loss of one example, ...]}}        nats (or the task's energy), any order
     roc              {attack: {subject: {"fpr": [...], "tpr": [...]}}}     both rising from 0 to 1, equal lengths
-    per_class        {subject: [accuracy of class 0, of class 1, ...]}     in [0, 1], nan or null where a class is absent
+    per_class        {subject: [accuracy of class 0, of class 1, ...]}     in [0, 1], null where a class is absent
     curves           [{"step": 0, "epoch": 0, "<name>": value, ...}, ...]  one row per evaluation, losses by split name
 
-Numbers that JSON cannot hold (NaN, infinities) are written as the strings "NaN", "Infinity", "-Infinity" and come back as
-numbers. Nothing in a record is the content of an example: ids, digests, counts and measurements only.
+Numbers that JSON cannot hold (NaN, infinities) are written as the strings "NaN", "Infinity", "-Infinity" and come back
+as numbers. Nothing in a record is the content of an example: ids, digests, counts and measurements only.
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ class Measurement(Record):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         for what, pair in {"range": self.range, **self.intervals}.items():
-            if pair is not None and None not in pair and pair[0] > pair[1]:
-                raise ValueError(f"{what} runs backwards: {pair[0]} > {pair[1]}")
+            low, high = pair or (None, None)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{what} runs backwards: {low} > {high}")
         return self
 
     @property

@@ -35,6 +35,13 @@ def show(value: float | None, signed: bool = False) -> str:
     return sign + text
 
 
+def brief(value: float | None) -> str:
+    """Three significant digits: for times and sizes, where the digits after the point mean little."""
+    if value is None or not math.isfinite(value) or value == 0 or abs(value) >= 1000:
+        return show(value) if value != 0 else "0"
+    return f"{value:.3g}" if abs(value) >= 1e-3 else show(value)
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between low and high: about `count` of them, steps of 1, 2 or 5 times a power of ten."""
     span = high - low
@@ -65,7 +72,7 @@ class Chart:
         x_names: Sequence[str] | None = None,
     ) -> None:
         self.width, self.height = size
-        self.left, self.right, self.top, self.bottom = 54, 14, 12, 44
+        self.left, self.right, self.top, self.bottom = 64, 14, 12, 44
         self.x, self.y, self.log_x = _spread(x, log_x), _spread(y), log_x
         self.labels, self.alt, self.x_names = (x_label, y_label), alt, x_names
         self.back: list[str] = []
@@ -80,7 +87,9 @@ class Chart:
         low, high = self.y
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
-    def line(self, points: Iterable[Point], colour: str, dash: str = "", width: float = 2.0) -> None:
+    def line(
+        self, points: Iterable[Point], colour: str, dash: str = "", width: float = 2.0, opacity: float = 1.0
+    ) -> None:
         """A polyline; a point with a NaN interrupts it."""
         runs: list[list[str]] = [[]]
         for x, y in points:
@@ -89,10 +98,11 @@ class Chart:
             elif runs[-1]:
                 runs.append([])
         style = f' stroke-dasharray="{dash}"' if dash else ""
+        style += f' stroke-opacity="{opacity}"' if opacity < 1 else ""
         for run in runs:
             if len(run) == 1:
-                x, y = run[0].split(",")
-                self.marks.append(f'<circle cx="{x}" cy="{y}" r="{width}" fill="{colour}"/>')
+                cx, cy = run[0].split(",")
+                self.marks.append(f'<circle cx="{cx}" cy="{cy}" r="{width}" fill="{colour}"/>')
             elif run:
                 self.marks.append(
                     f'<polyline points="{" ".join(run)}" fill="none" stroke="{colour}" stroke-width="{width}"'
@@ -111,7 +121,8 @@ class Chart:
         top, base = self.py(max(value, self.y[0])), self.py(self.y[0])
         wide = self.px(x + width) - self.px(x)
         self.marks.append(
-            f'<rect x="{self.px(x):.1f}" y="{top:.1f}" width="{max(wide - 1, 1):.1f}" height="{max(base - top, 0.75):.1f}" '
+            f'<rect x="{self.px(x):.1f}" y="{top:.1f}" width="{max(wide - 1, 1):.1f}" '
+            f'height="{max(base - top, 0.75):.1f}" '
             f'fill="{colour}"><title>{escape(title)}</title></rect>'
         )
 
@@ -120,7 +131,8 @@ class Chart:
         x1, x2 = (self.left, self.width - self.right) if x is None else (self.px(x),) * 2
         y1, y2 = (self.top, self.height - self.bottom) if y is None else (self.py(y),) * 2
         self.back.append(
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-dasharray="{dash}"/>'
+            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
+            f'stroke="{colour}" stroke-dasharray="{dash}"/>'
         )
 
     def dot(self, x: float, y: float, radius: float, colour: str, title: str, hollow: bool = False) -> None:
@@ -154,7 +166,8 @@ class Chart:
         if far:
             middle = box[0] + wide / 2
             self.back.append(
-                f'<line x1="{cx:.1f}" y1="{cy:.1f}" x2="{middle:.1f}" y2="{box[1] + 7:.1f}" stroke="#9aa5b1" stroke-width="0.8"/>'
+                f'<line x1="{cx:.1f}" y1="{cy:.1f}" x2="{middle:.1f}" y2="{box[1] + 7:.1f}" '
+                'stroke="#9aa5b1" stroke-width="0.8"/>'
             )
         self.marks.append(_text(box[0], box[1] + 11, text, weight=600 if bold else 400, halo=True))
 
@@ -174,7 +187,7 @@ class Chart:
         parts = [f'<line x1="{self.left}" y1="{floor}" x2="{self.width - self.right}" y2="{floor}" stroke="#9aa5b1"/>']
         if self.x_names is not None:
             every = max(1, math.ceil(len(self.x_names) / max(1, (self.width - self.left) // 26)))
-            marks = [(i, name) for i, name in enumerate(self.x_names) if i % every == 0]
+            marks = [(float(i), name) for i, name in enumerate(self.x_names) if i % every == 0]
         else:
             marks = [(value, self._x_text(value)) for value in self._x_ticks()]
         for value, text in marks:

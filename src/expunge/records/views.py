@@ -10,13 +10,13 @@ from typing import Any
 from expunge.records.results import Interval, Measurement, Results, VerdictRecord
 from expunge.records.svg import show
 
-_FORGET = ("forget_score", "ua", "forget_quality", "forget_accuracy", "accuracy")
-_UTILITY = ("ta", "utility", "model_utility", "accuracy", "r2")
+_FORGET = ("forget_score", "forget_score_forget", "ua", "forget_quality", "forget_accuracy", "accuracy")
+_UTILITY = ("ta", "utility_test", "utility", "utility_retain", "model_utility", "accuracy", "r2")
 
 
 @dataclass(frozen=True)
 class Badge:
-    """A verdict for people: its word, a sentence in plain words, the reason given, a style, a mark (not colour alone)."""
+    """A verdict for people: its word, a sentence in plain words, the reason, a style, a mark (not colour alone)."""
 
     word: str
     plain: str
@@ -76,7 +76,7 @@ def cell(value: float | None, interval: Interval | None) -> dict[str, str]:
 
 
 def grade(gap: float | None, floor: float | None, direction: str) -> tuple[str, str]:
-    """(words, style) for the size of a gap in units of the noise floor; style: better, g0 (within noise) .. g3, none."""
+    """(words, style) for the size of a gap in noise floors; style: better, g0 (within noise) .. g3, none."""
     if gap is None or math.isnan(gap):
         return "no reference", "none"
     if floor is None or math.isnan(floor):
@@ -118,7 +118,7 @@ def _pick(
 
 def residue_base(run: Results) -> Measurement | None:
     """The task's forget score before any attack: m(.) of the verdict, for original, unlearned and retrained."""
-    row = next((row for row in run.measurements if row.name == "forget_score" and row.split == "forget"), None)
+    row = next((row for row in run.measurements if _is_score(row) and row.split == "forget"), None)
     return row if row is not None and None not in (row.original, row.unlearned, row.retrained) else None
 
 
@@ -127,10 +127,15 @@ def residue(row: Measurement | None, base: Measurement | None) -> float | None:
 
     None where the row is not the forget score, or where original and retrained know the data equally well.
     """
-    if row is None or base is None or row.name != base.name or None in (row.unlearned, row.retrained):
+    if row is None or base is None or not _is_score(row) or None in (row.unlearned, row.retrained):
         return None
     span = base.original - base.retrained  # type: ignore[operator]
     return None if span == 0 else (row.unlearned - row.retrained) / span  # type: ignore[operator]
+
+
+def _is_score(row: Measurement) -> bool:
+    """True for the task's forget score, as the audits spell it: by the check's name, or in the measurement's."""
+    return row.check == "forget_score" or row.name.startswith("forget_score")
 
 
 def number_rows(verdict: VerdictRecord | None) -> list[tuple[str, str]]:

@@ -84,7 +84,8 @@ def utility(subjects: Subjects) -> list[Measurement]:
 
 @check("forget_score", direction="match", needs=("retrained", "forget"), source="Task.forget_score, the verdict's m(.)")
 def forget_score(subjects: Subjects) -> list[Measurement]:
-    """Mean forget score: how well the model knows the forget data (probability of the true class, minus the error, ...)."""
+    """Mean forget score: how well the model knows the forget data (probability of the true class, minus the error,
+    ...)."""
     found = []
     for split in ("forget", "holdout"):
         if subjects.unmet(split) is None:
@@ -93,7 +94,12 @@ def forget_score(subjects: Subjects) -> list[Measurement]:
     return found
 
 
-@check("corrective", direction="higher", needs=("retrained", "holdout", "test"), **(PERCENT | {"source": "arXiv 2402.14015"}))
+@check(
+    "corrective",
+    direction="higher",
+    needs=("retrained", "holdout", "test"),
+    **(PERCENT | {"source": "arXiv 2402.14015"}),
+)
 def corrective(
     subjects: Subjects, affected: str | Split = "holdout", clean: str | Split = "test", labels: str = "clean_labels"
 ) -> list[Measurement]:

@@ -1,16 +1,17 @@
 """Forgetting quality of the NeurIPS 2023 unlearning challenge (Triantafillou et al., arXiv 2406.09073).
 
-For each forget example, N unlearned models (of ONE original: the question is about unlearning's randomness) and N retrained
-ones give two samples of margins. An attacker tries every rule of two families, and each rule with error rates FPR and FNR
-bounds the differential-privacy epsilon of unlearning from below:
+For each forget example, N unlearned models (of ONE original: the question is about unlearning's randomness) and N
+retrained ones give two samples of margins. An attacker tries every rule of two families, and each rule with error rates
+FPR and FNR bounds the differential-privacy epsilon of unlearning from below:
 
-    eps   = max over rules of max{ log(1 - delta - FPR) - log FNR,  log(1 - delta - FNR) - log FPR },  clipped to [0, 50]
+    eps   = max over rules of max{ log(1 - delta - FPR) - log FNR,  log(1 - delta - FNR) - log FPR },  clipped to [0,
+    50]
     H     = 2^(-floor(eps / 0.5)) if eps < ceil(log(N - 1)) else 0          F = mean H
     final = F * (RA_U / RA_R) * (TA_U / TA_R)
 
-Rules: one cut (100 per unit of margin; above it is the sample of larger median), and two cuts (between them is the peakier
-sample; both within 2 units of its ends). A rule with FPR = FNR = 0 separates: eps is infinite. A rule with one of them 0 is
-discarded. If the narrower range is below 1% of the wider, eps is 50.
+Rules: one cut (100 per unit of margin; above it is the sample of larger median), and two cuts (between them is the
+peakier sample; both within 2 units of its ends). A rule with FPR = FNR = 0 separates: eps is infinite. A rule with one
+of them 0 is discarded. If the narrower range is below 1% of the wider, eps is 50.
 
 The maximum over many cuts overfits small N: two independent sets of retrained models score F = .11 at N = 64. So F is
 always given with this ceiling. Departures: the released scorer asserts the truth of an array and stops; where no rule
@@ -37,7 +38,8 @@ BUFFER = 2.0
 
 
 def rates_to_epsilon(fpr: np.ndarray, fnr: np.ndarray, delta: float = 1e-5) -> float:
-    """The largest epsilon that any rule proves, from error rates (rules,); `CAP` where rules separate or none survives."""
+    """The largest epsilon that any rule proves, from error rates (rules,); `CAP` where rules separate or none
+    survives."""
     if np.any((fpr == 0) & (fnr == 0)):
         return CAP
     kept = (fpr > 0) & (fnr > 0)
@@ -59,14 +61,18 @@ def example_epsilon(unlearned: np.ndarray, retrained: np.ndarray, delta: float =
     if widths[0] / widths[1] < 0.01:
         return CAP
     rules = [_one_cut(u, r, per_unit), _two_cuts(u, r, per_unit)]
-    return rates_to_epsilon(np.concatenate([rule[0] for rule in rules]), np.concatenate([rule[1] for rule in rules]), delta)
+    return rates_to_epsilon(
+        np.concatenate([rule[0] for rule in rules]), np.concatenate([rule[1] for rule in rules]), delta
+    )
 
 
 def _one_cut(u: np.ndarray, r: np.ndarray, per_unit: int) -> tuple[np.ndarray, np.ndarray]:
     positive, negative = (r, u) if np.median(r) > np.median(u) else (u, r)
     low, high = min(u[0], r[0]), max(u[-1], r[-1])
     cuts = np.linspace(low, high, max(math.ceil((high - low) * per_unit), 2))
-    return 1 - np.searchsorted(negative, cuts, "left") / len(negative), np.searchsorted(positive, cuts, "left") / len(positive)
+    return 1 - np.searchsorted(negative, cuts, "left") / len(negative), np.searchsorted(positive, cuts, "left") / len(
+        positive
+    )
 
 
 def _two_cuts(u: np.ndarray, r: np.ndarray, per_unit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +83,9 @@ def _two_cuts(u: np.ndarray, r: np.ndarray, per_unit: int) -> tuple[np.ndarray, 
 
     def inside(sample: np.ndarray) -> np.ndarray:
         upper = np.searchsorted(sample, right, "right")[:, None]
-        return np.maximum(upper - np.searchsorted(sample, left.ravel(), "left").reshape(left.shape), 0).ravel() / len(sample)
+        return np.maximum(upper - np.searchsorted(sample, left.ravel(), "left").reshape(left.shape), 0).ravel() / len(
+            sample
+        )
 
     return inside(wide), 1 - inside(peaky)
 
@@ -93,7 +101,9 @@ def forgetting_quality(
     unlearned: np.ndarray, retrained: np.ndarray, delta: float = 1e-5, per_unit: int = 100
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """F, H (n,) and epsilon (n,) from margins unlearned (N, n) and retrained (N, n). F is higher the better."""
-    epsilon = np.array([example_epsilon(unlearned[:, x], retrained[:, x], delta, per_unit) for x in range(unlearned.shape[1])])
+    epsilon = np.array(
+        [example_epsilon(unlearned[:, x], retrained[:, x], delta, per_unit) for x in range(unlearned.shape[1])]
+    )
     h = halving(epsilon, len(unlearned))
     return float(h.mean()), h, epsilon
 
@@ -104,10 +114,13 @@ def final_score(quality: float, ra: float, ra_retrained: float, ta: float, ta_re
 
 
 @check(
-    "forgetting_quality", direction="higher", range=(0.0, 1.0),
-    needs=("retrained", "unlearned_ensemble", "retrained_ensemble", "forget", "retain", "test"), kinds=("classification",),
+    "forgetting_quality",
+    direction="higher",
+    range=(0.0, 1.0),
+    needs=("retrained", "unlearned_ensemble", "retrained_ensemble", "forget", "retain", "test"),
+    kinds=("classification",),
     source="NeurIPS 2023 challenge, arXiv 2406.09073",
-)  # fmt: skip
+)
 def quality(subjects: Subjects, delta: float = 1e-5, per_unit: int = 100) -> list[Measurement]:
     """The challenge's F with its attainable ceiling F(R', R), F over the ceiling, the mean epsilon and the final score.
 
@@ -119,22 +132,36 @@ def quality(subjects: Subjects, delta: float = 1e-5, per_unit: int = 100) -> lis
     note = f"attainable ceiling F(R', R) = {ceiling:.3g}; {note}"
     intervals = {name: bootstrap((part[1],), mean, subjects.seed, subjects.resamples) for name, part in found.items()}
     intervals.pop("floor")
-    values = {name: part[0] for name, part in found.items() if name != "floor"} | {"retrained": 1.0, "floor": 1 - ceiling}
+    values = {name: part[0] for name, part in found.items() if name != "floor"} | {
+        "retrained": 1.0,
+        "floor": 1 - ceiling,
+    }
     lists = {name: part[2].tolist() for name, part in found.items()}
     out = [quality.measurement(Measured(values, intervals, lists), split="forget", note=note)]
     if ceiling > 0:
         over = {name: part[0] / ceiling for name, part in found.items() if name != "floor"} | {"retrained": 1.0}
-        out.append(quality.measurement(Measured(over), name="forgetting_over_ceiling", split="forget", range=(0.0, None), note=note))
+        out.append(
+            quality.measurement(
+                Measured(over), name="forgetting_over_ceiling", split="forget", range=(0.0, None), note=note
+            )
+        )
     epsilons = {name: float(part[2].mean()) for name, part in found.items()} | {"retrained": 0.0}
     out.append(
         quality.measurement(
-            Measured(epsilons), name="forgetting_epsilon", split="forget", range=(0.0, CAP), direction="lower", note=note
+            Measured(epsilons),
+            name="forgetting_epsilon",
+            split="forget",
+            range=(0.0, CAP),
+            direction="lower",
+            note=note,
         )
     )
     ra, ta = (share_right(subjects, "retrained", split) for split in ("retain", "test"))
     if ra > 0 and ta > 0:
         finals = {
-            name: final_score(part[0], share_right(subjects, name, "retain"), ra, share_right(subjects, name, "test"), ta)
+            name: final_score(
+                part[0], share_right(subjects, name, "retain"), ra, share_right(subjects, name, "test"), ta
+            )
             for name, part in found.items()
             if name != "floor"
         } | {"retrained": 1.0, "floor": 1 - ceiling}

@@ -55,9 +55,14 @@ def _percent(subjects: Subjects, subject: str) -> dict[str, float]:
 
 
 @check(
-    "average_gap", unit="points", direction="lower", range=(0.0, 100.0), needs=EVERYTHING, kinds=("classification",),
+    "average_gap",
+    unit="points",
+    direction="lower",
+    range=(0.0, 100.0),
+    needs=EVERYTHING,
+    kinds=("classification",),
     source="SalUn, arXiv 2310.12508, table 1",
-)  # fmt: skip
+)
 def average_gap(subjects: Subjects) -> list[Measurement]:
     """Mean absolute gap to `retrained` over ua, ra, ta and MIA-efficacy, with the four signed gaps."""
     retrained = _percent(subjects, "retrained")
@@ -70,7 +75,12 @@ def average_gap(subjects: Subjects) -> list[Measurement]:
 
 
 @check(
-    "tow", direction="higher", range=(0.0, 1.0), needs=EVERYTHING, kinds=("classification",), source="RUM, arXiv 2406.01257"
+    "tow",
+    direction="higher",
+    range=(0.0, 1.0),
+    needs=EVERYTHING,
+    kinds=("classification",),
+    source="RUM, arXiv 2406.01257",
 )
 def tow(subjects: Subjects) -> list[Measurement]:
     """Tug of war: closeness of the three accuracies to the retrained model's, and the variant with MIA-efficacy."""
@@ -81,20 +91,27 @@ def tow(subjects: Subjects) -> list[Measurement]:
 
     return [
         tow.measurement(
-            subjects.compute(lambda subject, kind=kind: tug_of_war(values(subject, kind), values("retrained", kind))), name=name
+            subjects.compute(lambda subject, kind=kind: tug_of_war(values(subject, kind), values("retrained", kind))),
+            name=name,
         )
         for name, kind in (("tow", "forget"), ("tow_mia", "mia"))
     ]
 
 
 @check(
-    "nomus", direction="higher", range=(0.0, 1.0), needs=("retrained", "forget", "holdout", "test"), kinds=("classification",),
+    "nomus",
+    direction="higher",
+    range=(0.0, 1.0),
+    needs=("retrained", "forget", "holdout", "test"),
+    kinds=("classification",),
     source="MUFAC / MUCAC, arXiv 2311.02240",
-)  # fmt: skip
+)
 def nomus(subjects: Subjects, weight: float = 0.5) -> list[Measurement]:
     """Utility and membership in one number, without looking at the retrained model."""
     value = subjects.compute(
-        lambda subject: nomus_score(share_right(subjects, subject, "test"), cross_validated_accuracy(subjects, subject), weight)
+        lambda subject: nomus_score(
+            share_right(subjects, subject, "test"), cross_validated_accuracy(subjects, subject), weight
+        )
     )
     distance = subjects.compute(lambda subject: abs(cross_validated_accuracy(subjects, subject) - 0.5))
     return [

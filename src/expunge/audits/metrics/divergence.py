@@ -4,10 +4,10 @@
     activation distance  = mean || p_U(x) - p_R(x) ||_2
     ZRF                  = 1 - mean JS(p_U(x), p_untrained(x))      (bad teaching, arXiv 2205.08096)
 
-Official bug (bad teaching's `metrics.py`, copied by SSD): it computes KL(m || p)/2 + KL(m || q)/2 and averages over batch
-AND classes, which is not JS and K times too small, so that every model scores above 0.9. The test on disjoint distributions
-(JS = log 2 exactly) catches both halves of it. ZRF has no good value of its own: the aim is the retrained model's, and 1 is
-not the goal when random samples are forgotten.
+Official bug (bad teaching's `metrics.py`, copied by SSD): it computes KL(m || p)/2 + KL(m || q)/2 and averages over
+batch AND classes, which is not JS and K times too small, so that every model scores above 0.9. The test on disjoint
+distributions (JS = log 2 exactly) catches both halves of it. ZRF has no good value of its own: the aim is the retrained
+model's, and 1 is not the goal when random samples are forgotten.
 """
 
 from __future__ import annotations
@@ -58,29 +58,43 @@ def _distances(subjects: Subjects, item, distance) -> list[Measurement]:
 
 
 @check(
-    "js_divergence", unit="nats", direction="lower", range=(0.0, LOG2), needs=("retrained", "forget"), kinds=("classification",),
+    "js_divergence",
+    unit="nats",
+    direction="lower",
+    range=(0.0, LOG2),
+    needs=("retrained", "forget"),
+    kinds=("classification",),
     source="Lin 1991; bad teaching, arXiv 2205.08096",
-)  # fmt: skip
+)
 def js_divergence(subjects: Subjects) -> list[Measurement]:
     """Mean Jensen-Shannon divergence of the predictions from the retrained model's."""
     return _distances(subjects, js_divergence, jensen_shannon)
 
 
 @check(
-    "activation_distance", direction="lower", range=(0.0, math.sqrt(2)), needs=("retrained", "forget"),
-    kinds=("classification",), source="Golatkar et al., arXiv 1911.04933",
-)  # fmt: skip
+    "activation_distance",
+    direction="lower",
+    range=(0.0, math.sqrt(2)),
+    needs=("retrained", "forget"),
+    kinds=("classification",),
+    source="Golatkar et al., arXiv 1911.04933",
+)
 def activation(subjects: Subjects) -> list[Measurement]:
     """Mean Euclidean distance of the predicted probabilities from the retrained model's."""
     return _distances(subjects, activation, activation_distance)
 
 
 @check(
-    "zrf", direction="match", range=(1 - LOG2, 1.0), needs=("retrained", "forget", "untrained"), kinds=("classification",),
+    "zrf",
+    direction="match",
+    range=(1 - LOG2, 1.0),
+    needs=("retrained", "forget", "untrained"),
+    kinds=("classification",),
     source="bad teaching, arXiv 2205.08096, eq. 4, with the true JS",
-)  # fmt: skip
+)
 def zrf(subjects: Subjects) -> list[Measurement]:
-    """Zero retrain forgetting: closeness to an untrained model on the forget data; the aim is the retrained model's value."""
+    """Zero retrain forgetting: closeness to an untrained model on the forget data; the aim is the retrained model's
+    value."""
     untrained = subjects.predictions("untrained", "forget")
     measured = subjects.measure(lambda subject: 1 - jensen_shannon(subjects.predictions(subject, "forget"), untrained))
     return [zrf.measurement(measured, split="forget")]

@@ -1,8 +1,9 @@
 """95% intervals over examples, honest for a handful of them.
 
-The percentile bootstrap is too narrow for few examples (a single one has no spread at all), so intervals are widened about
-the estimate by t(n-1) / z * sqrt(n / (n-1)), which is infinite for one example and 1 for many. Proportions take Wilson's
-interval, since a bootstrap of "all right" has no width. Samples are sorted first: the order of examples does not matter.
+The percentile bootstrap is too narrow for few examples (a single one has no spread at all), so intervals are widened
+about the estimate by t(n-1) / z * sqrt(n / (n-1)), which is infinite for one example and 1 for many. Proportions take
+Wilson's interval, since a bootstrap of "all right" has no width. Samples are sorted first: the order of examples does
+not matter.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def bootstrap(
         half = Z95 * float(np.std(samples[0])) / math.sqrt(sizes[0])
         return estimate - half, estimate + half
     rng = numpy_generator(seed, "bootstrap")
-    drawn = [statistic(*(sample[rng.integers(0, len(sample), len(sample))] for sample in samples)) for _ in range(resamples)]
+    drawn = [
+        statistic(*(sample[rng.integers(0, len(sample), len(sample))] for sample in samples)) for _ in range(resamples)
+    ]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     wide = widening(min(sizes))
     return estimate - wide * max(estimate - float(low), 0.0), estimate + wide * max(float(high) - estimate, 0.0)

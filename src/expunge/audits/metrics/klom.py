@@ -5,9 +5,9 @@ unlearned models and of N retrained ones ("oracles") are clipped to [-100, 100] 
 
     KLoM(x) = sum_b p_U(b) log( p_U(b) / max(p_R(b), 1e-5) )       nats; direction KL(unlearned || oracle)
 
-The N unlearned models must come from N different originals. Few models inflate it, hence the floor: oracles against other
-oracles, never 0. Departures from released code: the bin's right edge is included (both releases drop the largest margin),
-and the direction is the paper's (the 2025 release passes its arguments the other way round).
+The N unlearned models must come from N different originals. Few models inflate it, hence the floor: oracles against
+other oracles, never 0. Departures from released code: the bin's right edge is included (both releases drop the largest
+margin), and the direction is the paper's (the 2025 release passes its arguments the other way round).
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ def paired_halves(subjects: Subjects, split: str) -> tuple[dict[str, np.ndarray]
 
 
 @check(
-    "klom", unit="nats", direction="lower", range=(0.0, None), needs=("unlearned_ensemble", "retrained_ensemble", "forget"),
+    "klom",
+    unit="nats",
+    direction="lower",
+    range=(0.0, None),
+    needs=("unlearned_ensemble", "retrained_ensemble", "forget"),
     source="arXiv 2410.23232, KL(unlearned || oracle)",
-)  # fmt: skip
+)
 def klom(subjects: Subjects, bins: int = 20) -> list[Measurement]:
-    """KL of margins between many unlearned and many retrained models: mean and 95th percentile over a split's points."""
+    """KL of margins between many unlearned and many retrained models: mean and 95th percentile over a split's
+    points."""
     found = []
     for split in ("forget", "retain", "test"):
         if subjects.unmet(split) is not None or not _has(subjects, split):

@@ -2,8 +2,8 @@
 
     weight distance = || theta_U - theta_R || / || theta_R' - theta_R ||      R' a second retrained seed
 
-Two retrained models lie far apart (permuted units alone do that), which is why the distance is given in units of theirs:
-near 1 means "as far as another retraining", 0 means equal. For exact methods `weight_difference` is the proof.
+Two retrained models lie far apart (permuted units alone do that), which is why the distance is given in units of
+theirs: near 1 means "as far as another retraining", 0 means equal. For exact methods `weight_difference` is the proof.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def weight_distance(first: Weights, second: Weights) -> float:
 
 
 def relative_difference(first: Weights, second: Weights) -> float:
-    """max over tensors of max|a - b| / max|b|; 0.0 only if all are equal byte for byte, infinity if names or shapes differ."""
+    """max over tensors of max|a - b| / max|b|; 0.0 only if all are equal byte for byte, infinity if names or shapes
+    differ."""
     if first.keys() != second.keys() or any(first[name].shape != second[name].shape for name in first):
         return float("inf")
     worst = 0.0
@@ -56,9 +57,13 @@ def _parameters(subjects: Subjects, subject: str) -> Weights:
 
 
 @check(
-    "weight_distance", unit="distances of two retrained", direction="match", range=(0.0, None), needs=("retrained", "floor"),
+    "weight_distance",
+    unit="distances of two retrained",
+    direction="match",
+    range=(0.0, None),
+    needs=("retrained", "floor"),
     source="audits card, 4; weak evidence only",
-)  # fmt: skip
+)
 def distance(subjects: Subjects) -> list[Measurement]:
     """Distance of the weights from the retrained model's, over that of two retrained models; by layer in `curves`."""
     retrained, second = _parameters(subjects, "retrained"), _parameters(subjects, "floor")
@@ -73,13 +78,19 @@ def distance(subjects: Subjects) -> list[Measurement]:
         }
         for subject in ("original", "unlearned")
     }
-    return [distance.measurement(measured, curves={"layers": by_layer}, note="weak evidence; see js_divergence and klom")]
+    return [
+        distance.measurement(measured, curves={"layers": by_layer}, note="weak evidence; see js_divergence and klom")
+    ]
 
 
 @check(
-    "weight_difference", unit="relative", direction="lower", range=(0.0, None), needs=("retrained",),
+    "weight_difference",
+    unit="relative",
+    direction="lower",
+    range=(0.0, None),
+    needs=("retrained",),
     source="audits card, 7: exact methods",
-)  # fmt: skip
+)
 def weight_difference(subjects: Subjects) -> list[Measurement]:
     """Largest relative difference of any weight tensor from the retrained model's; 0 means equal byte for byte."""
     retrained = subjects.model("retrained").state_dict()

@@ -13,9 +13,12 @@ from expunge.parts.scopes.base import (
     top_share,
     unpruned,
 )
+from expunge.parts.scopes.expanded import expanded
 from expunge.parts.scopes.low_rank import low_rank
+from expunge.parts.scopes.pruning import pruned
+from expunge.parts.scopes.redrawn import redrawn
 
 __all__ = [
-    "Mask", "Scope", "everything", "fisher_ratio", "largest", "last_layers", "layers", "low_rank", "random_weights", "salient",
-    "top_share", "unpruned",
+    "Mask", "Scope", "everything", "expanded", "fisher_ratio", "largest", "last_layers", "layers", "low_rank", "pruned",
+    "random_weights", "redrawn", "salient", "top_share", "unpruned",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Made-up but realistic results for the tests of the records: nothing here was measured, and no product code uses it."""
+"""Made-up but realistic results for the tests of the records: nothing here was measured; no product code uses it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,17 @@ def measurement(check, name, split, original, unlearned, retrained, floor, direc
     subjects = {"original": original, "unlearned": unlearned, "retrained": retrained}
     around = {key: (value - 0.021, value + 0.021) for key, value in subjects.items() if value is not None}
     return {
-        "check": check, "name": name, "split": split, "floor": floor, "direction": direction,
-        "unit": more.pop("unit", "fraction"), "range": (0, 1), "intervals": around, **subjects, **more,
-    }  # fmt: skip
+        "check": check,
+        "name": name,
+        "split": split,
+        "floor": floor,
+        "direction": direction,
+        "unit": more.pop("unit", "fraction"),
+        "range": (0, 1),
+        "intervals": around,
+        **subjects,
+        **more,
+    }
 
 
 def results_dict(method="salun", seed=0, plots=True, noise=True):
@@ -48,51 +56,77 @@ def results_dict(method="salun", seed=0, plots=True, noise=True):
         measurement("utility", "ta", "test", best, utility, gold, 0.006, "higher"),
         measurement("membership", "mia_efficacy", "forget", 0.04, 0.8 - score / 2, 0.83, 0.041),
         measurement("ulira", "auc", "forget", 0.94, 0.5 + abs(score - retrained), 0.503, 0.018, unit="auc"),
-        measurement("distance", "js_divergence", "forget", 0.51, abs(score - 0.14) + 0.02, 0.0, 0.017, "lower", unit="nats"),
+        measurement(
+            "distance", "js_divergence", "forget", 0.51, abs(score - 0.14) + 0.02, 0.0, 0.017, "lower", unit="nats"
+        ),
         measurement("distance", "activation_distance", "forget", 1.21, 0.2 + abs(score - 0.14), 0.0, 0.16, "lower"),
         measurement("zrf", "zrf", "forget", 0.55, 0.9 - score / 4, 0.87, 0.012, note="against a random teacher"),
         measurement("tow", "tow", "all", 0.12, 1 - abs(score - 0.14), 1.0, None, "higher"),
         measurement("relearn_time", "epochs", "forget", 1.0, 6.0, 7.0, 0.0, unit="epochs"),
     ]
     attacks = [
-        measurement("benign_relearn", "forget_score", "forget", original, relearned, retrained + 0.01, 0.023,
-                    note="1 epoch on retain data only, 24 steps"),
-        measurement("relearn_tenth", "forget_score", "forget", 0.95, relearned + 0.05, 0.19, 0.03, note="20 steps, 3 examples"),
+        measurement(
+            "benign_relearn",
+            "forget_score",
+            "forget",
+            original,
+            relearned,
+            retrained + 0.01,
+            0.023,
+            note="1 epoch on retain data only, 24 steps",
+        ),
+        measurement(
+            "relearn_tenth", "forget_score", "forget", 0.95, relearned + 0.05, 0.19, 0.03, note="20 steps, 3 examples"
+        ),
         measurement("quantise_8bit", "forget_score", "forget", original, score + 0.002, retrained, 0.021),
         measurement("quantise_4bit", "forget_score", "forget", 0.91, score + 0.02, 0.15, 0.022),
         measurement("prune_half", "forget_score", "forget", 0.87, score + 0.01, 0.16, 0.03),
         measurement("linear_probe", "auc", "forget", 0.97, 0.62, 0.58, 0.03, unit="auc"),
-    ]  # fmt: skip
+    ]
     return {
         "schema": "expunge.results/1",
         "case": {
-            "name": "digits, 32 mislabelled rows", "task": "classification",
+            "name": "digits, 32 mislabelled rows",
+            "task": "classification",
             "request": {"kind": "samples", "summary": "32 rows by id", "count": 32, "ids_digest": "5d" * 32},
             "data": {"fingerprint": "ab" * 32, "rows": 400, "columns": ["inputs", "labels"]},
             "splits": {"forget": 32, "retain": 368, "holdout": 180, "test": 180},
         },
         "method": {
-            "name": method, "family": "tuned", "settings": {"density": 0.5, "lr": 0.013, "epochs": 10},
-            "formula": "minimise  relabel(forget) + 1.0 \u00b7 nll(retain)   over saliency(\u2207nll(forget), density=0.5)",
-            "intention": "removal", "guarantee": "empirical", "paper": "Fan et al., SalUn, ICLR 2024 (arXiv 2310.12508)",
+            "name": method,
+            "family": "tuned",
+            "settings": {"density": 0.5, "lr": 0.013, "epochs": 10},
+            "formula": "minimise  relabel(forget) + 1.0 \u00b7 nll(retain)   over saliency(\u2207nll(forget), 0.5)",
+            "intention": "removal",
+            "guarantee": "empirical",
+            "paper": "Fan et al., SalUn, ICLR 2024 (arXiv 2310.12508)",
         },
         "seeds": {"training": seed, "unlearning": 100 + seed, "audit": 2**62 + seed},
         "versions": {"expunge": "0.1.0", "python": "3.11.7", "torch": "2.9.0", "numpy": "2.3.1"},
         "machine": {"system": "Linux", "processor": "x86_64", "cores": 2, "device": "cpu"},
         "cost": {"seconds": 41 * share, "retrain_seconds": 41.0, "peak_memory_mb": 388.0 + 100 * share},
-        "measurements": rows, "attacks": attacks,
+        "measurements": rows,
+        "attacks": attacks,
         "verdict": {
-            "verdict": verdict, "reason": f"Residue {score - 0.14:.2f}; the worst attack was benign relearning with {relearned:.2f}.",
-            "numbers": {"residue": score - 0.14, "attacked": {"benign_relearn": relearned - 0.15}, "utility_loss": 0.01,
-                        "membership": 0.02, "interval": [0.01, 0.04]},
+            "verdict": verdict,
+            "reason": f"Residue {score - 0.14:.2f}; the worst attack, benign relearning: {relearned:.2f}.",
+            "numbers": {
+                "residue": score - 0.14,
+                "attacked": {"benign_relearn": relearned - 0.15},
+                "utility_loss": 0.01,
+                "membership": 0.02,
+                "interval": [0.01, 0.04],
+            },
             "thresholds": {"collapsed": 0.1, "retained": 0.25, "attacked": 0.15},
         },
-        "history": [{"step": i, "epoch": i // 12, "forget": 0.1 + 2 * i / 120, "retain": 0.02} for i in range(0, 121, 12)],
+        "history": [
+            {"step": i, "epoch": i // 12, "forget": 0.1 + 2 * i / 120, "retain": 0.02} for i in range(0, 121, 12)
+        ],
         "warnings": ["utility fell to 0.88 at step 30 and recovered"] if method == "salun" else [],
         "weights": {"before": "1a" * 32, "after": "2b" * 32},
         "plots": make_plots(rng, score, utility) if plots else {},
         "command": f"expunge run cases/digits.yaml method={method} seeds.training={seed}",
-    }  # fmt: skip
+    }
 
 
 def make_plots(rng, score, utility):
@@ -105,15 +139,32 @@ def make_plots(rng, score, utility):
 
     forget = -math.log(min(max(score, 0.01), 0.99))
     curves = [
-        {"step": i, "epoch": i / 12, "forget": 0.08 + forget * (1 - math.exp(-i / 30)) + rng.gauss(0, 0.05),
-         "retain": 0.05 + 0.5 * math.exp(-((i - 25) ** 2) / 200) + abs(rng.gauss(0, 0.01)), "holdout": 0.35 + rng.gauss(0, 0.02)}
+        {
+            "step": i,
+            "epoch": i / 12,
+            "forget": 0.08 + forget * (1 - math.exp(-i / 30)) + rng.gauss(0, 0.05),
+            "retain": 0.05 + 0.5 * math.exp(-((i - 25) ** 2) / 200) + abs(rng.gauss(0, 0.01)),
+            "holdout": 0.35 + rng.gauss(0, 0.02),
+        }
         for i in range(0, 121, 4)
-    ]  # fmt: skip
+    ]
     return {
         "loss_histograms": {
-            "forget": {"original": losses(32, 0.07, 0.7), "unlearned": losses(32, forget, 0.6), "retrained": losses(32, 1.97, 0.6)},
-            "retain": {"original": losses(368, 0.01, 1), "unlearned": losses(368, 0.02, 1.1), "retrained": losses(368, 0.01, 1)},
-            "test": {"original": losses(180, 0.12, 1.4), "unlearned": losses(180, 0.14, 1.4), "retrained": losses(180, 0.12, 1.4)},
+            "forget": {
+                "original": losses(32, 0.07, 0.7),
+                "unlearned": losses(32, forget, 0.6),
+                "retrained": losses(32, 1.97, 0.6),
+            },
+            "retain": {
+                "original": losses(368, 0.01, 1),
+                "unlearned": losses(368, 0.02, 1.1),
+                "retrained": losses(368, 0.01, 1),
+            },
+            "test": {
+                "original": losses(180, 0.12, 1.4),
+                "unlearned": losses(180, 0.14, 1.4),
+                "retrained": losses(180, 0.12, 1.4),
+            },
         },
         "roc": {
             "loss threshold": {"original": roc(0.1), "unlearned": roc(0.9), "retrained": roc(1.0)},
@@ -124,7 +175,7 @@ def make_plots(rng, score, utility):
             for name, middle in (("original", 0.95), ("unlearned", utility), ("retrained", 0.942))
         },
         "curves": curves,
-    }  # fmt: skip
+    }
 
 
 def results(method="salun", seed=0, **more) -> Results:

@@ -1,0 +1,57 @@
+# make demo | test | bench | format | clean. The first call makes .venv; it needs Python 3.11 or newer and pip.
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+RUN := .venv/bin/python
+# One thread for each worker: two processes of two threads on two cores only get in each other's way.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer, found none; install it, or call: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+install: .venv/.installed ## the environment in .venv
+
+demo: .venv/.installed ## two requests on real digits: table, runs/demo/report.html, certificate
+	$(RUN) -m expunge demo
+
+test: .venv/.installed ## lint, format, types, floors, tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(ONE_THREAD) $(RUN) -m pytest -n 2
+
+bench: bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## every measured table
+
+bench-speed: .venv/.installed ## the loop over a bare loop; methods over fine-tuning
+	$(RUN) -m expunge.benchmarks.speed
+bench-digits: .venv/.installed ## every method on digits, three seeds
+	$(RUN) -m expunge.benchmarks.digits
+bench-cifar: .venv/.installed ## every method on CIFAR-10 (EXPUNGE_DATA), three seeds
+	$(RUN) -m expunge.benchmarks.cifar
+bench-regression: .venv/.installed ## regression methods on real tables
+	$(RUN) -m expunge.benchmarks.regression
+bench-kill: .venv/.installed ## kill -9 at random steps, resume, compare tensors
+	$(RUN) -m expunge.benchmarks.kill
+bench-ensemble: .venv/.installed ## 64 shadow models together and one after another
+	$(RUN) -m expunge.benchmarks.ensemble_speed
+
+format: .venv/.installed ## sort imports and format
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean: ## remove the environment, caches and runs
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help install demo test bench bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble format clean

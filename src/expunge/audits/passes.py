@@ -1,0 +1,128 @@
+"""One run of one model over one split: what every check reads of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from expunge.errors import UnmetNeed
+from expunge.seeds import generator
+from expunge.tasks.base import Batch, Output, Task, evaluating, move_to_model
+
+if TYPE_CHECKING:
+    from expunge.cases.data import Split
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one model said about one split, n examples in the order of the split. Arrays are float64 on the CPU.
+
+    predictions: (n, ...) or None where a kind's predictions are not one row per example of at most one dimension.
+    utility: the task's `evaluate`.
+    """
+
+    ids: np.ndarray
+    signals: dict[str, np.ndarray]
+    forget_score: np.ndarray
+    loss: np.ndarray
+    answers: np.ndarray | None
+    predictions: np.ndarray | None
+    utility: dict[str, float]
+
+
+def run_pass(task: Task, model: nn.Module, split: Split, seed: int, batch_size: int) -> Pass:
+    """One forward of the model over the split, in eval mode and without augmentation.
+
+    What a stochastic task draws comes from the audit's seed, the split and the batch, so all models see the same draws.
+    """
+    replay = _Replay(task)
+    parts: list[dict[str, Any]] = []
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(split.batches(batch_size)):
+            batch = task.prepare(batch, generator(seed, "audit", split.name, number))
+            batch = move_to_model(batch, model)
+            output = task.forward(model, batch)
+            parts.append(_read(task, output, batch))
+            replay.hold(batch, output)
+            yield batch
+
+    with evaluating(model):
+        running = batches()
+        utility = replay.task.evaluate(model, running)
+        for _ in running:
+            pass  # an evaluation that stops early must not shorten the signals
+    return _join(parts, utility, split.name)
+
+
+def _read(task: Task, output: Output, batch: Batch) -> dict[str, Any]:
+    rows = output.prediction
+    fits = rows.dim() in (1, 2) and rows.shape[0] == len(batch)
+    if fits and task.name == "classification":
+        rows = rows.double().softmax(-1)
+    answers = task.answers(batch)
+    return {
+        "ids": batch.ids.cpu().numpy(),
+        "signals": {name: _array(value) for name, value in task.signals(output, batch).items()},
+        "forget_score": _array(task.forget_score(output, batch)),
+        "loss": _array(task.loss(output, batch)),
+        "answers": None if answers is None else answers.detach().cpu().numpy(),
+        "predictions": _array(rows) if fits else None,
+    }
+
+
+class _Replay:
+    """A copy of the task whose `forward` hands back the output just computed for the very batch it is asked about.
+
+    A batch that the task changed before its forward (other columns) is run for real.
+    """
+
+    def __init__(self, task: Any):
+        self.task = copy.copy(task)
+        self.batch: Batch | None = None
+        self.output: Output | None = None
+        true_forward = task.forward
+
+        def forward(model: nn.Module, batch: Batch) -> Output:
+            held = self.batch
+            same = (
+                held is not None
+                and held.ids is batch.ids
+                and held.columns.keys() == batch.columns.keys()
+                and all(held.columns[name] is batch.columns[name] for name in held.columns)
+            )
+            return self.output if same else true_forward(model, batch)
+
+        object.__setattr__(self.task, "forward", forward)
+
+    def hold(self, batch: Batch, output: Output) -> None:
+        self.batch, self.output = batch, output
+
+
+def _array(values: torch.Tensor) -> np.ndarray:
+    return values.detach().double().cpu().numpy()
+
+
+def _join(parts: list[dict[str, Any]], utility: Mapping[str, float], split: str) -> Pass:
+    if not parts:
+        raise UnmetNeed(f"expected examples in the {split} split, found none; audit a request and data that fill it")
+
+    def joined(name: str) -> np.ndarray | None:
+        return None if parts[0][name] is None else np.concatenate([part[name] for part in parts])
+
+    names = parts[0]["signals"]
+    return Pass(
+        ids=np.concatenate([part["ids"] for part in parts]),
+        signals={name: np.concatenate([part["signals"][name] for part in parts]) for name in names},
+        forget_score=np.concatenate([part["forget_score"] for part in parts]),
+        loss=np.concatenate([part["loss"] for part in parts]),
+        answers=joined("answers"),
+        predictions=joined("predictions"),
+        utility=dict(utility),
+    )

@@ -1,0 +1,180 @@
+"""The cases that the demo and the tables share: models, data and requests on real data.
+
+Digits are trained on few rows on purpose: forgetting can only be measured where the model knows its training rows better than
+unseen ones. With all 1,797 digits a small network generalises so well that original and retrained agree on a random forget
+set, and there is nothing to take out; with 600 rows, 60 of them mislabelled, the original gives the wrong labels it has
+memorised and the retrained model gives the right ones.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from expunge.cases import Case, TensorData, requests
+from expunge.cases.loading import load_data
+from expunge.engine import fit
+from expunge.parts.plan import Optimizer, Training
+from expunge.seeds import generator
+from expunge.tasks import Regression
+
+
+class DigitsNet(nn.Module):
+    """Two convolutions and two linear layers on (B, 1, 8, 8) in 0..1; 46,650 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.hidden = nn.Linear(512, 80)
+        self.classifier = nn.Linear(80, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.classifier(self.hidden(self.features(inputs).flatten(1)).relu())
+
+
+class ResNet8(nn.Module):
+    """A small residual network with batch norm for (B, 3, 32, 32): three stages of one block, widths 12, 24, 48."""
+
+    def __init__(self, width: int = 12, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential(
+            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
+        )
+        self.classifier = nn.Linear(4 * width, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.classifier(self.stages(self.stem(inputs)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """conv-bn-relu-conv-bn plus the input (through a 1x1 convolution where shapes differ)."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU(),
+            nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside),
+        )  # fmt: skip
+        same = stride == 1 and inside == outside
+        self.side = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+        )  # fmt: skip
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (self.body(inputs) + self.side(inputs)).relu()
+
+
+def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Linear layers with ReLU between."""
+    sizes = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+def digits(train: int = 600) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's 1,797 real digits in one fixed shuffled order: images (N, 1, 8, 8) in 0..1 and labels."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    order = torch.randperm(len(x), generator=generator(0, "digits"))
+    images = torch.tensor(x / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)[order]
+    labels = torch.tensor(y, dtype=torch.int64)[order]
+    return images[:train], labels[:train], images[train:], labels[train:]
+
+
+def with_wrong_labels(labels: Tensor, count: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(labels with `count` of them wrong, the rows that are)."""
+    rows = torch.randperm(len(labels), generator=generator(seed, "mislabelled"))[:count].sort().values
+    wrong = labels.clone()
+    wrong[rows] = (labels[rows] + torch.randint(1, classes, (count,), generator=generator(seed, "wrong"))) % classes
+    return wrong, rows
+
+
+DIGITS_RECIPE = Training(epochs=60, batch_size=64, optimizer=Optimizer("sgd", lr=0.1, momentum=0.9, schedule="cosine"))
+
+
+def digits_cases(seed: int = 0, train: int = 600, wrong: int = 60, which: str = "both") -> dict[str, Case]:
+    """Two requests to one trained model: its memorised mislabelled rows ("memorised"), and one whole class ("class").
+
+    The class request is made to a model trained on clean labels when asked for alone; in the demo both go to the same one.
+    """
+    x, y, x_test, y_test = digits(train)
+    labels, rows = with_wrong_labels(y, wrong if which != "class" else 0, 10)
+    data = TensorData(inputs=x, labels=labels, clean_labels=y)
+    test = TensorData(inputs=x_test, labels=y_test)
+    case = Case(DigitsNet(), data, requests.label(3), test=test, recipe=DIGITS_RECIPE, build=DigitsNet, name="digits-class")
+    case = case.with_(model=fit(case, "train", seed))
+    cases = {"class": case}
+    if which != "class":
+        cases = {"memorised": memorised(case, rows, "digits-memorised"), **cases}
+    return cases if which == "both" else {which: cases[which]}
+
+
+def memorised(case: Case, rows: Tensor, name: str) -> Case:
+    """The request for mislabelled rows. Its holdout must be of the same kind: unseen images, mislabelled the same way; a
+    clean holdout would make every wrong label look like a member."""
+    x, y = case.test.column("inputs"), case.test.column("labels")
+    half = len(y) // 2
+    wrong, _ = with_wrong_labels(y[:half], half, int(y.max()) + 1, seed=1)
+    return case.with_(
+        request=requests.samples(rows.tolist()), holdout=TensorData(inputs=x[:half], labels=wrong),
+        test=TensorData(inputs=x[half:], labels=y[half:]), name=name,
+    )  # fmt: skip
+
+
+CIFAR_ROWS, CIFAR_TEST = 1500, 1500
+CIFAR_RECIPE = Training(
+    epochs=80, batch_size=128, optimizer=Optimizer("sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine")
+)
+
+
+@cache
+def cifar(train: int = CIFAR_ROWS, test: int = CIFAR_TEST) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first rows of CIFAR-10 (rows are shuffled on disk), JPEG-decoded, standardised with the subset's own mean and std."""
+    parts = []
+    for split, count in (("train", train), ("test", test)):
+        table = load_data("cifar10", split=split)
+        rows = table.fetch(torch.arange(count))
+        parts.append((rows["inputs"].float(), rows["labels"].long()))
+    (x, y), (x_test, y_test) = parts
+    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
+    return (x - mean) / std, y, (x_test - mean) / std, y_test
+
+
+def cifar_case(seed: int = 0, kind: str = "class", train: int = CIFAR_ROWS, recipe: Training = CIFAR_RECIPE) -> Case:
+    """A small ResNet on a CIFAR-10 subset, trained to fit it; the request is class 3 (cat) or 5% mislabelled rows."""
+    x, y, x_test, y_test = cifar(train)
+    labels, rows = with_wrong_labels(y, train // 20 if kind == "memorised" else 0, 10)
+    data = TensorData(inputs=x, labels=labels, clean_labels=y)
+    test = TensorData(inputs=x_test, labels=y_test)
+    case = Case(ResNet8(), data, requests.label(3), test=test, recipe=recipe, build=ResNet8, name="cifar10-class")
+    case = case.with_(model=fit(case, "train", seed))
+    return memorised(case, rows, "cifar10-memorised") if kind == "memorised" else case
+
+
+def diabetes_case(seed: int = 0) -> Case:
+    """scikit-learn's diabetes (442 rows): forget the rows with y/10 < 8; MLP 10-64-64-1 with L1 loss (card's setting)."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    order = torch.randperm(len(x), generator=generator(0, "diabetes"))
+    inputs = torch.tensor(x / x.std(0), dtype=torch.float32)[order]
+    targets = torch.tensor(y / 10, dtype=torch.float32)[order]
+    return regression_case("diabetes", inputs, targets, 340, 8.0, seed)
+
+
+def regression_case(name: str, inputs: Tensor, targets: Tensor, train: int, below: float, seed: int, epochs: int = 40) -> Case:
+    """Forget a range of targets from an MLP regressor (d-64-64-1, L1 loss, Adam 3e-3)."""
+    build = partial(mlp, inputs.shape[1], (64, 64), 1)
+    recipe = Training(epochs=epochs, batch_size=32, optimizer=Optimizer("adam", lr=3e-3))
+    case = Case(build(), TensorData(inputs=inputs[:train], labels=targets[:train]), requests.where("labels", "<", below),
+                test=TensorData(inputs=inputs[train:], labels=targets[train:]), task=Regression(error="l1"), recipe=recipe,
+                build=build, name=name)  # fmt: skip
+    return case.with_(model=fit(case, "train", seed))

@@ -1,0 +1,273 @@
+"""`audit(case, outcome)`: measure, attack, judge, and write it down.
+
+An `Auditor` holds what all audits of one case share: the gold and its second seed (the noise floor), the passes of
+`original` and `retrained` over the splits, and what each attack makes of them. Auditing ten methods attacks the references
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from expunge.audits.base import Measurement as Measured
+from expunge.audits.base import checks as known_checks
+from expunge.audits.base import run_checks
+from expunge.audits.attacks.budget import Attack, Budget
+from expunge.audits.battery import find_attacks, judge
+from expunge.audits.golds import Gold, make_gold
+from expunge.audits.subjects import Subjects
+from expunge.audits.verdict import Thresholds, Verdict
+from expunge.cases.case import Case
+from expunge.engine.rundir import machine, save_model, versions
+from expunge.errors import BadSetting
+from expunge.records.results import Results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from expunge.methods.outcome import Outcome
+
+Report = Callable[[str, int, int], None]
+
+EXPENSIVE = ("ain", "relearn_time")
+"""Checks that train further models; asked for by name."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """results: everything measured, as `results.json` holds it. outcome: what was audited."""
+
+    results: Results
+    verdict: Verdict
+    outcome: Outcome
+    gold: Gold
+
+    def table(self) -> Table:
+        """Original, unlearned, retrained, floor and gap of every measurement, for a terminal."""
+        from expunge.records.terminal import results_table
+
+        return results_table(self.results)
+
+    def __str__(self) -> str:
+        from expunge.records.terminal import as_text
+
+        return as_text(self.table(), f"{self.verdict.verdict}: {self.verdict.reason}")
+
+    def report(self, path: str | Path) -> Path:
+        """Write the page a person reads."""
+        from expunge.records.report import write_report
+
+        return write_report(path, self.results)
+
+    def save(self, folder: str | Path, key: str | Path | None = None) -> Path:
+        """results.json, report.html, model/ and certificate.json in one folder; returns the folder.
+
+        key: the private key that signs the certificate; default: `signing-key.pem` beside the folder, made if missing.
+        """
+        from expunge.records.certificate import certify
+        from expunge.records.keys import new_key
+
+        folder = Path(folder)
+        self.results.save(folder / "results.json")
+        self.report(folder / "report.html")
+        save_model(self.outcome.model, folder / "model")
+        key = Path(key) if key is not None else folder.parent / "signing-key.pem"
+        if not key.exists():
+            new_key(key)
+        forget = self.outcome.case.split("forget")
+        certify(
+            self.results, folder / "certificate.json", key, config=self.outcome.record["method"],
+            ids=forget.ids.tolist(), row_digests=forget.data.row_digests(forget.ids),
+            weight_files=sorted((folder / "model").glob("*.safetensors")), gold=_about(self.gold),
+        )  # fmt: skip
+        return folder
+
+
+class Auditor:
+    """Audits of one case against one gold.
+
+    Args:
+        gold: "retrain", "clean_label", "ensemble", "closed_form", "residual"; or a `Gold`, or a retrained model.
+        floor: a second gold of another seed, where `gold` was given as a model.
+        checks: names; default: all that serve the task and whose needs the case meets, but those that train further models.
+        attacks: active attacks by name or as objects; default: the whole battery. budget: what each may spend.
+        thresholds: of the verdict. seed: of gold, attacks and bootstrap. cache: a folder where golds are kept.
+        ensembles: see `Subjects`.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        gold: str | Gold | nn.Module = "retrain",
+        floor: Gold | nn.Module | None = None,
+        gold_settings: Mapping[str, Any] | None = None,
+        checks: Iterable[str] | None = None,
+        attacks: Sequence[str | Attack] | None = None,
+        budget: Budget | None = None,
+        thresholds: Thresholds | None = None,
+        seed: int = 0,
+        cache: str | Path | None = None,
+        ensembles: Mapping[str, Any] | None = None,
+        report: Report | None = None,
+    ):
+        self.case, self.seed, self.thresholds, self.report = case, seed, thresholds or Thresholds(), report
+        self.wanted = None if checks is None else list(checks)
+        self.ensembles = dict(ensembles or {})
+        self.gold, self.floor = self._golds(gold, floor, dict(gold_settings or {}), cache)
+        self.attacks, self.budget = find_attacks(attacks), budget or Budget()
+        self._shared: Subjects | None = None
+
+    def _golds(self, gold: Any, floor: Any, settings: dict[str, Any], cache: Any) -> tuple[Gold, Gold | None]:
+        if isinstance(gold, str):
+            self._tell("retraining the gold", 0, 2)
+            first = make_gold(gold, self.case, self.seed + 1001, cache, **settings)
+            second = floor
+            if second is None and first.model is not None and gold in ("retrain", "clean_label", "ensemble"):
+                self._tell("retraining the gold's second seed", 1, 2)
+                second = make_gold(gold, self.case, self.seed + 2002, cache, **settings)
+            return first, _as_gold(second)
+        return _as_gold(gold), _as_gold(floor)  # type: ignore[return-value]
+
+    def subjects(self, unlearned: nn.Module) -> Subjects:
+        """The compared models; passes of all but the unlearned one are shared between audits."""
+        made = Subjects(
+            self.case, self.case.model, unlearned, self.gold, self.floor, seed=self.seed, ensembles=self.ensembles
+        )
+        if self._shared is not None:
+            made.share(self._shared)
+        self._shared = made
+        return made
+
+    def chosen(self, subjects: Subjects) -> list[str]:
+        """The checks that will run: those asked for, else every one whose needs are met."""
+        if self.wanted is not None:
+            return self.wanted
+        found, battery = known_checks(kind=self.case.task.name), {attack.name for attack in self.attacks}
+        return [
+            name
+            for name, item in found.items()
+            if name not in EXPENSIVE
+            and (name in battery or "budget" not in item.settings)
+            and all(subjects.unmet(need) is None for need in item.needs)
+        ]
+
+    def audit(self, outcome: Outcome) -> Audit:
+        """Measure, attack and judge one outcome of this case."""
+        if outcome.case.request != self.case.request or outcome.case.data is not self.case.data:
+            raise BadSetting(
+                "expected an outcome of the auditor's own case, found one of another request or other data; "
+                "make an Auditor for that case"
+            )
+        subjects = self.subjects(outcome.model)
+        names = self.chosen(subjects)
+        budgets = {name: {"budget": self.budget} for name in names if "budget" in known_checks()[name].settings}
+        measured = run_checks(
+            subjects, names, budgets, progress=lambda c: self._tell(c.name, names.index(c.name), len(names))
+        )
+        verdict = judge(subjects, self.attacks, self.budget, self.thresholds, outcome.proof)
+        results = self._results(outcome, subjects, measured, verdict)
+        return Audit(results, verdict, outcome, self.gold)
+
+    def _results(self, outcome: Outcome, subjects: Subjects, measured: list[Measured], verdict: Verdict) -> Results:
+        record, registry = outcome.record, known_checks()
+        attacks = {name for name, item in registry.items() if item.attack}
+        retrain = self.gold.seconds or None
+        return Results.from_dict(
+            {
+                "schema": "expunge.results/1",
+                "case": record["case"],
+                "method": record["method"],
+                "seeds": {"training": None, "unlearning": record["seeds"]["unlearning"], "audit": self.seed},
+                "versions": versions(),
+                "machine": {k: v for k, v in machine().items() if v is not None},
+                "cost": {
+                    "seconds": record["cost"]["seconds"],
+                    "retrain_seconds": retrain,
+                    "peak_memory_mb": record["cost"]["peak_memory_mb"],
+                },
+                "measurements": [m.as_dict() for m in measured if m.check not in attacks],
+                "attacks": [m.as_dict() for m in measured if m.check in attacks],
+                "verdict": verdict.as_record(),
+                "history": record["history"],
+                "warnings": record["warnings"],
+                "weights": record["weights"],
+                "plots": _plots(subjects, measured, record["history"]),
+            },
+            "the audit",
+        )
+
+    def _tell(self, text: str, done: int, total: int) -> None:
+        if self.report is not None:
+            self.report(text, done, total)
+
+
+def audit(case: Case, outcome: Outcome, **settings: Any) -> Audit:
+    """Measure, attack and judge one outcome. settings: those of `Auditor`; make one yourself to audit several outcomes."""
+    return Auditor(case, **settings).audit(outcome)
+
+
+def _as_gold(which: Any) -> Gold | None:
+    if which is None or isinstance(which, Gold):
+        return which
+    if isinstance(which, nn.Module):
+        return Gold("closed_form", which)
+    raise BadSetting(
+        f"expected a gold's name, a Gold or a retrained model, found {type(which).__name__}; pass one of these"
+    )
+
+
+def _about(gold: Gold) -> str:
+    seed = "" if gold.seed is None else f", seed {gold.seed}"
+    return f"{gold.kind}{seed}" + (f", {gold.seconds:.1f} s" if gold.seconds else "")
+
+
+def _plots(subjects: Subjects, measured: list[Measured], history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Arrays for the report: losses by split, ROC curves, accuracy by class, training curves."""
+    import numpy as np
+
+    shown = [s for s in ("original", "unlearned", "retrained") if s in subjects.models]
+    splits = [s for s in ("forget", "retain", "holdout", "test") if subjects.unmet(s) is None]
+    rng = np.random.default_rng(0)
+
+    def sample(values: np.ndarray) -> list[float]:
+        few = values if len(values) <= 1000 else rng.choice(values, 1000, replace=False)
+        return [float(f"{v:.5g}") for v in few]
+
+    plots: dict[str, Any] = {
+        "loss_histograms": {split: {s: sample(subjects.losses(s, split)) for s in shown} for split in splits},
+        "roc": {
+            f"{m.check}: {m.name}" if m.name != m.check else m.check: {
+                s: {"fpr": c["fpr"], "tpr": c["tpr"]} for s, c in m.curves.items() if s in shown and "fpr" in c
+            }
+            for m in measured
+            if m.curves and any(isinstance(c, Mapping) and "fpr" in c for c in m.curves.values())
+        },
+        "curves": [
+            {"step": h["step"], "epoch": h["epoch"], **{k: v for k, v in h["losses"].items()}}
+            for h in _thin(history, 400)
+        ],
+    }
+    if subjects.task.name == "classification" and "test" in splits:
+        unseen = [s for s in ("test", "holdout") if s in splits]
+        answers = np.concatenate([subjects.answers(s) for s in unseen])
+        count = int(subjects.predictions("original", "test").shape[1])
+        plots["per_class"] = {
+            s: [
+                float(hits[answers == c].mean()) if (answers == c).any() else None
+                for hits in [np.concatenate([subjects.predictions(s, u).argmax(1) for u in unseen]) == answers]
+                for c in range(count)
+            ]
+            for s in shown
+        }
+    return plots
+
+
+def _thin(history: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    stride = max(1, len(history) // most)
+    return history[::stride]
