@@ -34,13 +34,13 @@ test: .venv/.installed ## lint, format, types, floors, tests
 bench: bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## every measured table
 
 bench-speed: .venv/.installed ## the loop over a bare loop; methods over fine-tuning
-	$(RUN) -m expunge.benchmarks.speed
+	$(RUN) -m expunge.benchmarks.overhead
 bench-digits: .venv/.installed ## every method on digits, three seeds
-	$(RUN) -m expunge.benchmarks.digits
+	$(RUN) -m expunge.benchmarks.tables digits
 bench-cifar: .venv/.installed ## every method on CIFAR-10 (EXPUNGE_DATA), three seeds
-	$(RUN) -m expunge.benchmarks.cifar
+	$(RUN) -m expunge.benchmarks.tables cifar
 bench-regression: .venv/.installed ## regression methods on real tables
-	$(RUN) -m expunge.benchmarks.regression
+	$(RUN) -m expunge.benchmarks.tables regression
 bench-kill: .venv/.installed ## kill -9 at random steps, resume, compare tensors
 	$(RUN) -m expunge.benchmarks.kill
 bench-ensemble: .venv/.installed ## 64 shadow models together and one after another

@@ -28,8 +28,8 @@ from expunge.errors import (
     BadSetting,
     ChangedNothing,
     CollapsedUtility,
-    Diverged,
     DiskFull,
+    Diverged,
     RunBusy,
     UnmetNeed,
 )
@@ -66,7 +66,9 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 def plan(epochs: int = 4) -> Plan:
     """Two phases with momentum, Adam, a saliency mask and an average: everything a checkpoint must carry."""
-    first = Plan(Term(npo(0.5)), Term(keep(), on="retain"), optimizer=Optimizer("sgd", lr=0.02, momentum=0.9), epochs=epochs)
+    first = Plan(
+        Term(npo(0.5)), Term(keep(), on="retain"), optimizer=Optimizer("sgd", lr=0.02, momentum=0.9), epochs=epochs
+    )
     second = Plan(Term(keep(), on="retain"), scope=salient(0.5), optimizer=Optimizer("adam", lr=1e-3), epochs=epochs,
                   average=average(0.5))  # fmt: skip
     return Plan(phases=(first, second))
@@ -192,7 +194,9 @@ def test_a_destroyed_model_is_caught_by_the_floor_and_restored():
 
 def test_the_best_earlier_state_comes_back_not_just_the_original():
     case = made(requests.label(3))
-    rising = Plan(Term(ascend()), Term(keep(), on="retain", weight=0.2), optimizer=Optimizer("sgd", lr=0.05), epochs=30)
+    rising = Plan(
+        Term(ascend()), Term(keep(), on="retain", weight=0.2), optimizer=Optimizer("sgd", lr=0.005), epochs=60
+    )
     outcome = unlearn(case, rising, floor=0.9)
     accuracy = lambda s: case.task.evaluate(outcome.model, case.split(s).batches())["accuracy"]  # noqa: E731
     before = case.task.evaluate(trained(), case.split("retain").batches())["accuracy"]
@@ -201,7 +205,9 @@ def test_the_best_earlier_state_comes_back_not_just_the_original():
 
 def test_a_loss_that_becomes_nan_ends_the_run_at_the_last_good_state():
     with pytest.warns(Diverged):
-        outcome = unlearn(made(requests.label(3)), Plan(Term(ascend()), optimizer=Optimizer("sgd", lr=1e30), epochs=3))
+        outcome = unlearn(
+            made(requests.label(3)), Plan(Term(ascend()), optimizer=Optimizer("sgd", lr=1e30), epochs=3, batch_size=4)
+        )
     assert all(bool(torch.isfinite(v).all()) for v in outcome.model.state_dict().values())
 
 
@@ -229,7 +235,7 @@ def undisturbed():
     return unlearn(made(requests.label(3)), plan(), seed=5)
 
 
-@pytest.mark.parametrize("after", [1, 9, 10, 17, 36, 37, 41, 60, 72])
+@pytest.mark.parametrize("after", [1, 5, 6, 13, 20, 21, 24, 33, 40])
 def test_a_run_that_dies_at_any_update_resumes_to_the_same_tensors(after, tmp_path):
     case, whole = made(requests.label(3)), undisturbed()
     interrupted(case, tmp_path, after)

@@ -88,8 +88,14 @@ def toy(kind: str = "class", seed: int = 0) -> Toy:
     else:
         raise ValueError(kind)
     columns = {"inputs": x, "labels": labels} | ({"clean_labels": clean} if clean is not None else {})
-    case = Case(build(), TensorData(**columns), request, test=TensorData(inputs=x_test, labels=y_test), recipe=recipe,
-                build=build, name=f"digits-{kind}")  # fmt: skip
+    holdout, half = None, 0
+    if kind == "mislabelled":
+        # unseen data of the forget kind: mislabelled as well, or every wrong label would look like a member
+        half = len(y_test) // 2
+        shift = torch.randint(1, 10, (half,), generator=generator(seed, "holdout"))
+        holdout = TensorData(inputs=x_test[:half], labels=(y_test[:half] + shift) % 10)
+    case = Case(build(), TensorData(**columns), request, test=TensorData(inputs=x_test[half:], labels=y_test[half:]),
+                holdout=holdout, recipe=recipe, build=build, name=f"digits-{kind}")  # fmt: skip
     case = case.with_(model=fit(case, "train", seed))
     return Toy(case, fit(case, "retain", seed + 1))
 

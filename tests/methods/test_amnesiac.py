@@ -38,7 +38,9 @@ def test_logging_does_not_change_the_training_and_the_log_adds_up():
 
 
 def test_taking_back_everything_gives_the_initial_weights():
-    model = unlearn(case(requests.samples(range(199))).with_(model=logged()), "amnesiac", repair_epochs=0, floor=None).model
+    model = unlearn(
+        case(requests.samples(range(199))).with_(model=logged()), "amnesiac", repair_epochs=0, floor=None
+    ).model
     assert torch.allclose(flat(model.model), flat(case(requests.samples([4])).fresh(2)), atol=1e-5)
 
 
@@ -52,7 +54,9 @@ def test_taking_back_one_row_is_the_sum_of_its_batches_and_only_once():
     second = unlearn(case(requests.samples([mate])).with_(model=outcome.model), "amnesiac", repair_epochs=0, floor=None)
     both = (logged().members == mate).any(1) & ~hit
     assert both.sum() < 3
-    assert torch.allclose(flat(second.model.model), flat(outcome.model.model) - logged().updates[both].sum(0), atol=1e-6)
+    assert torch.allclose(
+        flat(second.model.model), flat(outcome.model.model) - logged().updates[both].sum(0), atol=1e-6
+    )
 
 
 def test_repair_reads_live_retain_rows_only():

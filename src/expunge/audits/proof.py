@@ -2,7 +2,12 @@
 
 {"kind": "proved", "relative_difference": x, "bound": y}         weights against a clean retraining; y = 0 unless given,
                                                                  0 being equality byte for byte
+{"kind": "proved", "by": "keys"}                                 by construction: all that was trained on is keyed by live rows
 {"kind": "bounded", "epsilon": e, "delta": d, "residual": s, "budget": t}      certified removal; holds while s <= t
+{"kind": "unproved", ...}                                        the method's own check failed
+
+`scope`: "all", or "head" where nothing is proved about a backbone below it: such a proof does not settle the verdict, the
+measurements do.
 """
 
 from __future__ import annotations
@@ -19,9 +24,16 @@ NEEDED = {"proved": ("relative_difference",), "bounded": ("epsilon", "delta", "r
 def examine(proof: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether the proof holds, and a sentence that says so with its numbers."""
     kind = proof.get("kind")
+    if kind == "unproved":
+        value = proof.get("relative_difference", proof.get("residual"))
+        return False, "the proof does not hold" + (f" ({float(value):.3g})" if value is not None else "")
+    if proof.get("scope") == "head":
+        return False, "exact for the head, and nothing is proved about the backbone below it"
+    if kind == "proved" and proof.get("by") == "keys" and proof.get("relative_difference") is None:
+        return True, "everything the model was trained on is keyed by the rows that are live, by construction"
     if kind not in NEEDED:
         raise BadSetting(
-            f"expected a proof of kind 'proved' or 'bounded', found {kind!r}; pass what the exact method gave"
+            f"expected a proof of kind 'proved', 'bounded' or 'unproved', found {kind!r}; pass what the exact method gave"
         )
     missing = [name for name in NEEDED[kind] if proof.get(name) is None]
     if missing:

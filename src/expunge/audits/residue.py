@@ -20,7 +20,7 @@ than that to either side, nor one of g than the share alone. So a handful of exa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,10 +28,12 @@ from scipy.stats import t as student
 
 from expunge.audits.attacks.budget import Attacked
 from expunge.audits.attacks.membership import auc
-from expunge.audits.metrics.intervals import Z95, bootstrap
+from expunge.audits.metrics.intervals import Z95, widening
 from expunge.errors import BadData
+from expunge.seeds import numpy_generator
 
-RESAMPLES = 600
+RESAMPLES = 1000
+CHUNK = 50
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def gap(evidence: Evidence, resamples: int = RESAMPLES) -> Estimate:
     """m(O) - m(R), on mapped scores."""
     unit = unit_map(evidence.original, evidence.retrained)
     rows = np.stack([unit(evidence.original), unit(evidence.retrained)], axis=1)
-    return _bootstrapped([rows], lambda x: float((x[:, 0] - x[:, 1]).mean()), resamples, 0.0)
+    return _of_means(rows, lambda x: x[..., 0] - x[..., 1], resamples, 0.0)
 
 
 def floor(evidence: Evidence) -> float:
@@ -145,12 +147,9 @@ def attacked_residue(evidence: Evidence, name: str, model: str = "unlearned", re
 
 def membership_residue(unlearned: Membership, retrained: Membership, resamples: int = RESAMPLES) -> Estimate:
     """g, by the same signal for both models on the same rows."""
-    rows = [
-        np.stack([unlearned.forget, retrained.forget], axis=1),
-        np.stack([unlearned.holdout, retrained.holdout], axis=1),
-    ]
-    least = unseen_share(min(map(len, rows)))
-    return _bootstrapped(rows, lambda f, h: auc(f[:, 0], h[:, 0]) - auc(f[:, 1], h[:, 1]), resamples, least)
+    forget = np.stack([unlearned.forget, retrained.forget], axis=1)
+    holdout = np.stack([unlearned.holdout, retrained.holdout], axis=1)
+    return _of_pairs(forget, holdout, resamples, unseen_share(min(len(forget), len(holdout))))
 
 
 def utility_loss(utility: Mapping[str, np.ndarray], resamples: int = RESAMPLES) -> Estimate | None:
@@ -159,12 +158,11 @@ def utility_loss(utility: Mapping[str, np.ndarray], resamples: int = RESAMPLES) 
         [np.asarray(utility[name], dtype=np.float64) for name in ("unlearned", "retrained", "untrained")], axis=1
     )
 
-    def loss(x: np.ndarray) -> float:
-        u, r, nothing = x.mean(0)
-        return float((r - u) / abs(r - nothing)) if r != nothing else math.nan
+    def loss(x: np.ndarray) -> np.ndarray:
+        return _ratio(x[..., 1] - x[..., 0], np.abs(x[..., 1] - x[..., 2]))
 
     worth = rows[:, 1].mean() - rows[:, 2].mean()
-    return _bootstrapped([rows], loss, resamples, 0.0) if worth > 0 else None
+    return _of_means(rows, loss, resamples, 0.0) if worth > 0 else None
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
@@ -193,19 +191,60 @@ def _residue(
         )
     rows = np.stack([unit(scores), unit(zero), original, retrained], axis=1)
 
-    def share(x: np.ndarray) -> float:
-        after, base, o, r = x.mean(0)
-        return float((after - base) / (o - r)) if o > r else math.nan
+    def share(x: np.ndarray) -> np.ndarray:
+        return _ratio(x[..., 0] - x[..., 1], x[..., 2] - x[..., 3])
 
     span = float(original.mean() - retrained.mean())
     largest = float(np.abs(original - retrained).max())
     least = unseen_share(len(rows)) * largest / span if span > 0 else math.inf
-    return _bootstrapped([rows], share, resamples, least)
+    return _of_means(rows, share, resamples, least)
 
 
-def _bootstrapped(samples: list[np.ndarray], statistic: Callable[..., float], resamples: int, least: float) -> Estimate:
-    """`bootstrap` of rows, at least `least` wide to either side."""
-    value, n = float(statistic(*samples)), min(map(len, samples))
-    low, high = (-math.inf, math.inf) if not math.isfinite(value) else bootstrap(samples, statistic, 0, resamples)
-    low, high = (-math.inf if math.isnan(low) else low), (math.inf if math.isnan(high) else high)
-    return Estimate(value, min(low, value - least), max(high, value + least), n)
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, NaN where below is not positive."""
+    return np.where(below > 0, above / np.where(below > 0, below, 1.0), math.nan)
+
+
+def _of_means(
+    rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, least: float
+) -> Estimate:
+    """An estimate of `statistic`, a function of column means (..., k) -> (...), by the bootstrap of rows (n, k)."""
+    rows = rows[np.lexsort(rows.T[::-1])]  # so that the order of examples changes nothing
+    value = float(statistic(rows.mean(0)))
+    drawn = np.concatenate([counts @ rows for counts in _counts(len(rows), resamples, "forget")]) / len(rows)
+    return _estimate(value, statistic(drawn), len(rows), least)
+
+
+def _of_pairs(forget: np.ndarray, holdout: np.ndarray, resamples: int, least: float) -> Estimate:
+    """AUC of column 0 minus AUC of column 1, rows of forget (n, 2) and holdout (h, 2) resampled apart."""
+    forget, holdout = (part[np.lexsort(part.T[::-1])] for part in (forget, holdout))
+    value, n = auc(forget[:, 0], holdout[:, 0]) - auc(forget[:, 1], holdout[:, 1]), min(len(forget), len(holdout))
+    ones, others = (
+        np.concatenate(list(_counts(len(part), resamples, name)))
+        for part, name in ((forget, "forget"), (holdout, "holdout"))
+    )
+    drawn = np.zeros(len(ones))
+    for start in range(0, len(forget), CHUNK):  # the matrix of all pairs would not fit in memory for large splits
+        part, wins = forget[start : start + CHUNK], 0.0
+        for column, sign in ((0, 1.0), (1, -1.0)):
+            a, b = part[:, column, None], holdout[None, :, column]
+            wins = wins + sign * ((a > b) + 0.5 * (a == b))
+        drawn += ((ones[:, start : start + CHUNK] @ wins) * others).sum(1)
+    return _estimate(value, drawn / (len(forget) * len(holdout)), n, least)
+
+
+def _counts(n: int, resamples: int, *path: str) -> Iterator[np.ndarray]:
+    """How often each of n rows is drawn, (some, n) for each of the resamples, in chunks that fit in memory."""
+    rng = numpy_generator(0, "verdict", *path)
+    for _ in range(0, resamples, CHUNK):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=CHUNK).astype(np.float64)
+
+
+def _estimate(value: float, drawn: np.ndarray, n: int, least: float) -> Estimate:
+    """The percentile interval, widened for few examples as `intervals.bootstrap` does, and by `least` at least."""
+    drawn = drawn[np.isfinite(drawn)]
+    if n < 2 or not math.isfinite(value) or not len(drawn):
+        return Estimate(value, -math.inf, math.inf, n)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    below, above = (max(widening(n) * float(side), least) for side in (value - low, high - value))
+    return Estimate(value, value - max(below, 0.0), value + max(above, 0.0), n)

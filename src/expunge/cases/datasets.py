@@ -6,9 +6,9 @@
     lastfm()          52,668 (user, artist, plays), from EXPUNGE_DATA             regression: log(1 + plays)
     cifar10()         60,000 pictures 3 x 32 x 32, from EXPUNGE_DATA or the hub   classification, 10 classes
 
-Why Last.fm is the second regression set: it is real, large enough to memorise, its requests are natural (one user's history),
-and plays can be predicted (user and artist effects alone explain about 0.7 of the variance on test pairs, measured by ridge
-regression), while scikit-learn's other bundled targets are tiny (178 wines, 20 athletes).
+Why Last.fm is the second regression set: it is real, large enough to memorise, its requests are natural (one user's
+history), and plays can be predicted (user and artist effects alone explain about 0.7 of the variance on test pairs,
+measured by ridge regression), while scikit-learn's other bundled targets are tiny (178 wines, 20 athletes).
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def breast_cancer(train: int = 400) -> Dataset:
 
     x, y = load_breast_cancer(return_X_y=True)
     build = partial(mlp, 30, (64, 64), 2)
-    return _cut("breast_cancer", "classification", torch.tensor(x), torch.tensor(y, dtype=torch.int64), train, 2, build, True)
+    return _cut(
+        "breast_cancer", "classification", torch.tensor(x), torch.tensor(y, dtype=torch.int64), train, 2, build, True
+    )
 
 
 def diabetes(train: int = 340) -> Dataset:
@@ -104,7 +106,9 @@ def lastfm(root: str | os.PathLike[str] | None = None, train: int | None = None)
     for name in ("train.tsv", "test.tsv"):
         with open(folder / name, newline="", encoding="utf-8") as file:
             table = np.array([[float(cell) for cell in row] for row in csv.reader(file, delimiter="\t")])
-        parts.append((torch.tensor(table[:, :2], dtype=torch.int64), torch.tensor(np.log1p(table[:, 2]), dtype=torch.float32)))
+        parts.append(
+            (torch.tensor(table[:, :2], dtype=torch.int64), torch.tensor(np.log1p(table[:, 2]), dtype=torch.float32))
+        )
     (x, y), (x_test, y_test) = parts
     users, artists = (int(max(x[:, k].max(), x_test[:, k].max())) + 1 for k in (0, 1))
     data = TensorData(inputs=x[:train], labels=y[:train], user=x[:train, 0].clone())
@@ -114,7 +118,10 @@ def lastfm(root: str | os.PathLike[str] | None = None, train: int | None = None)
 
 
 def cifar10(
-    root: str | os.PathLike[str] | None = None, train: int | None = None, test: int | None = None, normalise: bool = True
+    root: str | os.PathLike[str] | None = None,
+    train: int | None = None,
+    test: int | None = None,
+    normalise: bool = True,
 ) -> Dataset:
     """Inputs (N, 3, 32, 32): float32 normalised by channel, or uint8. train, test: only that many rows of each part.
 
@@ -136,7 +143,14 @@ def cifar10(
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
             inputs = (inputs.float() / 255 - mean) / std
         tables.append(TensorData(inputs=inputs, labels=torch.tensor(labels)))
-    return Dataset("cifar10", "classification", tables[0], tables[1], 10, "CIFAR-10 (Krizhevsky 2009); a local copy may be JPEG-encoded")
+    return Dataset(
+        "cifar10",
+        "classification",
+        tables[0],
+        tables[1],
+        10,
+        "CIFAR-10 (Krizhevsky 2009); a local copy may be JPEG-encoded",
+    )
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
@@ -150,21 +164,25 @@ def _cut(
 ) -> Dataset:  # fmt: skip
     """One fixed shuffled order; the first `train` rows are the training table."""
     if not 0 < train < len(inputs):
-        raise BadData(f"expected between 1 and {len(inputs) - 1} training rows of {name}, found {train}; leave some for test")
+        raise BadData(
+            f"expected between 1 and {len(inputs) - 1} training rows of {name}, found {train}; leave some for test"
+        )
     order = torch.randperm(len(inputs), generator=generator(0, "datasets", name))
     x, y = inputs[order], labels[order]
     if standardise:
         x = ((x - x[:train].mean(0)) / x[:train].std(0)).float()
     source = f"scikit-learn's {name}"
-    return Dataset(name, task, TensorData(inputs=x[:train], labels=y[:train]), TensorData(inputs=x[train:], labels=y[train:]),
-                   outputs, source, build)  # fmt: skip
+    parts = [TensorData(inputs=x[rows], labels=y[rows]) for rows in (slice(None, train), slice(train, None))]
+    return Dataset(name, task, parts[0], parts[1], outputs, source, build)
 
 
 def _home(root: str | os.PathLike[str] | None, name: str, what: str) -> Path:
     home = data_home()
     folder = Path(root) if root is not None else home / name if home is not None else None
     if folder is None or not folder.is_dir():
-        raise BadData(f"expected {what} in EXPUNGE_DATA/{name}, found no such folder; set EXPUNGE_DATA or pass root=folder")
+        raise BadData(
+            f"expected {what} in EXPUNGE_DATA/{name}, found no such folder; set EXPUNGE_DATA or pass root=folder"
+        )
     return folder
 
 

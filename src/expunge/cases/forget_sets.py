@@ -1,7 +1,7 @@
 """Forget sets for studies. Which rows are asked for decides the ranking of methods, so a study tries several kinds.
 
-Each function returns a request; `mislabelled` returns the data as well, since it plants the wrong labels. Equal seeds give
-equal requests.
+Each function returns a request; `mislabelled` returns the data as well, since it plants the wrong labels. Equal seeds
+give equal requests.
 
     request = forget_sets.random(data, fraction=0.1, seed=0)
     data, request = forget_sets.mislabelled(data, count=60, seed=0)      # data gains a column clean_labels
@@ -37,7 +37,7 @@ def by_class(label: int, column: str = "labels") -> Request:
 
 
 def by_group(data: Any, column: str, value: Any = None, seed: int = 0) -> Request:
-    """All rows of one group (a user, a hospital, an author); the group is drawn from the column's values if not given."""
+    """All rows of one group (a user, a hospital, an author); drawn from the column's values if not given."""
     if value is None:
         values = as_data(data).column(column)
         groups = sorted(set(values.reshape(-1).tolist() if isinstance(values, Tensor) else values))
@@ -51,8 +51,9 @@ def mislabelled(
 ) -> tuple[TensorData, Request]:  # fmt: skip
     """Plant wrong labels, uniform over the other classes, in drawn rows.
 
-    Returns the data (true labels in the column `clean_labels`) and the request for those rows. Train the model on this data:
-    it can only know such labels by memory, which makes forgetting measurable. classes: K, default: the largest label + 1.
+    Returns the data (true labels in the column `clean_labels`) and the request for those rows. Train the model on this
+    data: it can only know such labels by memory, which makes forgetting measurable. classes: K, default: the largest
+    label + 1.
     """
     table = as_data(data)
     table = table.load() if hasattr(table, "load") else table
@@ -60,7 +61,9 @@ def mislabelled(
         raise BadData(f"expected data in memory to change labels, found {type(table).__name__}; pass a TensorData")
     true = table.column(labels)
     if true.is_floating_point() or true.dim() != 1:
-        raise BadData(f"expected class numbers in '{labels}', found {true.dtype} of {true.dim()} dimensions; pass int64 labels")
+        raise BadData(
+            f"expected class numbers in '{labels}', found {true.dtype} of {true.dim()} dimensions; pass int64 labels"
+        )
     known = int(true.max()) + 1 if classes is None else classes
     if known < 2:
         raise BadData(f"expected at least two classes in '{labels}', found {known}; there is no wrong label to plant")
@@ -88,8 +91,8 @@ def lowest_loss(
 
 
 def partly_identified(request: Request, data: Any, fraction: float, seed: int = 0) -> Request:
-    """Only a drawn `fraction` of the rows of a request, as when only part of the bad data has been found. The rest stays in
-    retain, which is what makes this hard: judge the result on all rows of the full request."""
+    """Only a drawn `fraction` of the rows of a request, as when only part of the bad data has been found. The rest
+    stays in retain, which is what makes this hard: judge the result on all rows of the full request."""
     rows = request.rows(as_data(data))
     return requests.samples(_draw(rows, _size(len(rows), None, fraction), seed, "partly identified"))
 

@@ -4,7 +4,8 @@
     load_data("people.csv", labels="income")     load_model("folder-of-a-transformers-model")
     load_data("cifar10")                         load_model("org/name")
 
-A name that is no path is looked for as a folder in EXPUNGE_DATA (datasets) or in the local cache (models) before any hub.
+A name that is no path is looked for as a folder in EXPUNGE_DATA (datasets) or in the local cache (models) before any
+hub.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ def load_data(
     """A table from a file, a folder or a data set's name.
 
     Args:
-        source: .npz, .csv, .tsv, .jsonl, .parquet; a folder of such files, one saved by `datasets`, or one of pictures in
-            a folder per class; or a name: a folder of EXPUNGE_DATA, else of the hub.
+        source: .npz, .csv, .tsv, .jsonl, .parquet; a folder of such files, one saved by `datasets`, or one of pictures
+            in a folder per class; or a name: a folder of EXPUNGE_DATA, else of the hub.
         split: which part of a folder or a named data set.
-        inputs, labels: the source's column names; default: the usual ones (image, img, x, ...; label, target, y, ...). A
-            table of numbers without an inputs column gets one, of all number columns but the labels.
+        inputs, labels: the source's column names; default: the usual ones (image, img, x, ...; label, target, y, ...).
+            A table of numbers without an inputs column gets one, of all number columns but the labels.
     """
     name = os.fspath(source) if not isinstance(source, bytes) else source.decode()
     path = Path(name).expanduser()
@@ -69,12 +70,14 @@ def load_data(
 def _file(path: Path, inputs: str | None, labels: str | None) -> Data:
     if path.suffix.lower() in PICKLES:
         raise BadData(
-            f"expected data as {', '.join(SUFFIXES)}, found '{path.name}', a pickle, which Expunge never reads because that "
+            f"expected data as {', '.join(SUFFIXES)}, found '{path.name}', a pickle, which Expunge never reads "
+            "because that "
             "can run code; save the tensors with numpy.savez"
         )
     if path.suffix.lower() not in SUFFIXES:
         raise BadData(
-            f"expected data as {', '.join(SUFFIXES)}, found '{path.name}'; convert it, or pass tensors or a map-style dataset"
+            f"expected data as {', '.join(SUFFIXES)}, found '{path.name}'; convert it, or pass tensors or a "
+            "map-style dataset"
         )
     return read_file(path, inputs, labels)
 
@@ -104,7 +107,8 @@ def _folder(folder: Path, split: str, inputs: str | None, labels: str | None) ->
         datasets = need_extra("datasets", "huggingface")
         return _wrapped(datasets.load_dataset("imagefolder", data_dir=str(inner), split="train"), inputs, labels)
     raise BadData(
-        f"expected {', '.join(SUFFIXES)}, a dataset saved by 'datasets', or pictures in a folder per class, found none in "
+        f"expected {', '.join(SUFFIXES)}, a dataset saved by 'datasets', or pictures in a folder per class, "
+        "found none in "
         f"{folder.name}; check the folder"
     )
 
@@ -115,8 +119,10 @@ def _hub(name: str, split: str, inputs: str | None, labels: str | None) -> Data:
         return _wrapped(datasets.load_dataset(name, split=split), inputs, labels)
     except Exception as error:  # the hub raises a family of its own for each cause
         raise BadData(
-            f"expected a file, a folder, a folder '{name.rsplit('/', 1)[-1]}' in EXPUNGE_DATA, or a data set of the hub, found "
-            f"no '{name}' ({type(error).__name__}: {_first_line(error)}); check the name, or download it and set EXPUNGE_DATA"
+            f"expected a file, a folder, a folder '{name.rsplit('/', 1)[-1]}' in EXPUNGE_DATA, or a data set of "
+            "the hub, found "
+            f"no '{name}' ({type(error).__name__}: {_first_line(error)}); check the name, or download it and set "
+            "EXPUNGE_DATA"
         ) from error
 
 
@@ -134,8 +140,9 @@ def load_model(
     """A model from a live module, a transformers folder or hub id, or a function that builds it.
 
     Args:
-        spec: an `nn.Module` (returned as it is); a folder saved by transformers or a hub id (image classifiers, safetensors
-            only); "package.module:function" or "file.py:function"; or these as a mapping {function, weights, arguments}.
+        spec: an `nn.Module` (returned as it is); a folder saved by transformers or a hub id (image classifiers,
+            safetensors only); "package.module:function" or "file.py:function"; or these as a mapping {function or
+            folder, weights, arguments}.
         weights: a .safetensors file for the built model.
         arguments: of the function.
     """
@@ -144,11 +151,14 @@ def load_model(
         unknown = [k for k in spec if k not in known]
         if unknown or not ("function" in spec) ^ ("folder" in spec):
             raise BadModel(
-                f"expected a model as {{function: module:name, weights: file, arguments: {{...}}}} or {{folder: path}}, found "
+                f"expected a model as {{function: module:name, weights: file, arguments: {{...}}}} or "
+                f"{{folder: path}}, found "
                 f"{sorted(spec)}; correct it.{nearest(str(unknown[0]), known) if unknown else ''}"
             )
         extra = dict(spec.get("arguments") or {})
-        return load_model(spec.get("function") or spec["folder"], spec.get("weights", weights), **{**extra, **arguments})
+        return load_model(
+            spec.get("function") or spec["folder"], spec.get("weights", weights), **{**extra, **arguments}
+        )
     if isinstance(spec, nn.Module):
         model = spec
     else:
@@ -177,7 +187,8 @@ def find_function(name: str) -> Callable[..., Any]:
                 sys.path.remove(os.getcwd())
     except (ImportError, OSError) as error:
         raise BadModel(
-            f"expected an importable module in '{name}', found none ({error}); give package.module:function or file.py:function"
+            f"expected an importable module in '{name}', found none ({error}); give package.module:function or "
+            "file.py:function"
         ) from error
     if not callable(getattr(module, function, None)):
         known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
@@ -188,7 +199,9 @@ def find_function(name: str) -> Callable[..., Any]:
 def _built(name: str, arguments: dict[str, Any]) -> nn.Module:
     model = find_function(name)(**arguments)
     if not isinstance(model, nn.Module):
-        raise BadModel(f"expected '{name}' to return a torch.nn.Module, found {type(model).__name__}; return the model itself")
+        raise BadModel(
+            f"expected '{name}' to return a torch.nn.Module, found {type(model).__name__}; return the model itself"
+        )
     return model
 
 
@@ -204,7 +217,8 @@ def _pretrained(name: str) -> nn.Module:
         if not (path / "config.json").exists() or not any(path.glob("*.safetensors")):
             pickles = [f.name for f in path.iterdir() if f.suffix in PICKLES]
             raise BadModel(
-                f"expected a transformers folder with config.json and *.safetensors, found {path.name} with neither or one"
+                f"expected a transformers folder with config.json and *.safetensors, found {path.name} with neither "
+                "or one"
                 + (f" (and {pickles[0]}, a pickle, which is never read)" if pickles else "")
                 + "; save it with model.save_pretrained(folder, safe_serialization=True)"
             )
@@ -218,8 +232,10 @@ def _pretrained(name: str) -> nn.Module:
         except Exception as error:  # transformers raises OSError, ValueError and safetensors' own for one cause
             problem = error
     raise BadModel(
-        f"expected an image classifier of transformers as safetensors in a folder, the local cache or the hub, found no usable "
-        f"'{name}' ({type(problem).__name__}: {_first_line(problem)}); check the name, or download it on a connected machine "
+        "expected an image classifier of transformers as safetensors in a folder, the local cache or the "
+        "hub, found no usable "
+        f"'{name}' ({type(problem).__name__}: {_first_line(problem)}); check the name, or download it on a "
+        "connected machine "
         "with model.save_pretrained(folder) and give the folder"
     ) from problem
 

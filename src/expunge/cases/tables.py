@@ -85,7 +85,9 @@ def _numbers(name: str, values: list[Any]) -> Tensor:
             f"expected every entry of column '{name}' to have one shape, found several; pad or crop them first"
         ) from error
     if array.dtype == object:
-        raise BadData(f"expected numbers or text in column '{name}', found mixed values; clean the column or leave it out")
+        raise BadData(
+            f"expected numbers or text in column '{name}', found mixed values; clean the column or leave it out"
+        )
     return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
 
 
@@ -101,10 +103,14 @@ def _separated(path: Path) -> dict[str, Any]:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         rows = list(reader)
     if not reader.fieldnames or not rows:
-        raise BadData(f"expected a header and rows in {path.name}, found {len(rows)} rows; write it again with a header")
+        raise BadData(
+            f"expected a header and rows in {path.name}, found {len(rows)} rows; write it again with a header"
+        )
     ragged = [i for i, row in enumerate(rows) if None in row or None in row.values()]
     if ragged:
-        raise BadData(f"expected {len(reader.fieldnames)} cells in every row, found others in rows {ragged[:5]}; mend them")
+        raise BadData(
+            f"expected {len(reader.fieldnames)} cells in every row, found others in rows {ragged[:5]}; mend them"
+        )
     return {name: _cells([row[name] for row in rows]) for name in reader.fieldnames}
 
 
@@ -127,7 +133,8 @@ def _json_lines(path: Path) -> dict[str, Any]:
 
 
 def _parquet(files: list[Path], inputs: str | None, labels: str | None) -> Data:
-    """Numbers, lists and text in memory; encoded pictures by `datasets`, decoded when read (`.load()` reads all once)."""
+    """Numbers, lists and text in memory; encoded pictures by `datasets`, decoded when read (`.load()` reads all
+    once)."""
     pyarrow, parquet = need_extra("pyarrow", "huggingface"), need_extra("pyarrow.parquet", "huggingface")
     table = pyarrow.concat_tables([parquet.read_table(file) for file in files])
     if not any(pyarrow.types.is_struct(field.type) or pyarrow.types.is_binary(field.type) for field in table.schema):

@@ -1,4 +1,4 @@
-"""Weights in and out of a module, as safetensors only: a file that could run code when read is refused, whatever its name."""
+"""Weights in and out of a module, as safetensors only: a file that could run code when read is refused."""
 
 from __future__ import annotations
 
@@ -45,20 +45,23 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         state = load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise BadModel(
-            f"expected a whole safetensors file, found {path.name} damaged or missing ({error}); export or copy it again"
+            f"expected a whole safetensors file, found {path.name} damaged or missing ({error}); export or copy "
+            "it again"
         ) from error
     try:
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes differ
         raise BadModel(
-            f"expected weights of the shapes of {type(model).__name__}, found others ({str(error).splitlines()[-1].strip()}); "
+            f"expected weights of the shapes of {type(model).__name__}, found others "
+            f"({str(error).splitlines()[-1].strip()}); "
             "build the very model these weights come from (number of classes, widths)"
         ) from error
     missing = _not_tied(model, result.missing_keys, state)
     if missing or result.unexpected_keys:
         raise BadModel(
             f"expected the weights of {type(model).__name__}, found {len(missing)} missing ({missing[:3]}) and "
-            f"{len(result.unexpected_keys)} unknown ({result.unexpected_keys[:3]}); give the module:function that builds the "
+            f"{len(result.unexpected_keys)} unknown ({result.unexpected_keys[:3]}); give the module:function that "
+            "builds the "
             "very model these weights come from"
         )
     return model
@@ -74,9 +77,12 @@ def refuse_pickle(path: Path) -> None:
     # A safetensors file has 8 bytes of length and then "{", so a length that begins like a pickle is not taken for one.
     content = head[8:9] != b"{" and (head.startswith((b"PK\x03\x04", b"\x1f\x8b")) or head[:1] == b"\x80")
     if path.suffix.lower() in PICKLES or content:
-        found = "which is named like a pickle" if path.suffix.lower() in PICKLES else "whose content is a pickle or a zip"
+        found = (
+            "which is named like a pickle" if path.suffix.lower() in PICKLES else "whose content is a pickle or a zip"
+        )
         raise BadModel(
-            f"expected weights as .safetensors, found '{path.name}', {found}; Expunge never unpickles files, because that can "
+            f"expected weights as .safetensors, found '{path.name}', {found}; Expunge never unpickles files, "
+            "because that can "
             "run code. Load it in your own code, if you trust it, and save it with "
             "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
         )

@@ -134,10 +134,12 @@ class AuditPlan(Section):
     checks: list[str] | None = None
     gold: str = "retrain"
     attacks: bool | list[str] = True
+    shadows: int = Field(default=0, ge=0, description="models per ensemble for the checks that need distributions")
 
     def chosen(self) -> dict[str, Any]:
         """What `expunge.audit` takes."""
-        return {"checks": self.checks, "gold": self.gold, "attacks": self.attacks}
+        attacks = self.attacks if isinstance(self.attacks, list) else None if self.attacks else []
+        return {"checks": self.checks, "gold": self.gold, "attacks": attacks, "shadows": self.shadows}
 
 
 class Seeds(Section):

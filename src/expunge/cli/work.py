@@ -104,8 +104,8 @@ def audit(
         configured = find(method.name).configure(**method.settings)
         outcome = Outcome(model, record, configured, case, proof=left.get("proof"))
     given = {"checks": checks, "gold": gold, "attacks": attacks}
-    chosen = case_file.audit.chosen() | {k: v for k, v in given.items() if v is not None}
-    _audit(case_file, outcome, run, key, chosen, case_file.seeds.audit if seed is None else seed)
+    plan = case_file.audit.model_copy(update={name: value for name, value in given.items() if value is not None})
+    _audit(case_file, outcome, run, key, plan.chosen(), case_file.seeds.audit if seed is None else seed)
 
 
 def compare(file: Path, overrides: list[str], methods: str, seeds: str, workers: int, out: Path | None) -> None:

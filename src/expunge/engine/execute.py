@@ -78,6 +78,9 @@ def execute(
     bench = Workbench(case, model.to(place), seed, place, state=dict(state or {}), report=report)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if floor is not None and getattr(case.task, "labels", "labels") not in case.data.names:
+        bench.note("floor", "off: utility cannot be measured without labels")
+        floor = None
     trace, proof = Trace(), None
     threads_state = torch.random.get_rng_state()
     start = time.perf_counter()

@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 from torch import nn
 
-from expunge.cases.weights import load_weights, save_model
+from expunge.cases.weights import load_weights as load_weights
+from expunge.cases.weights import save_model
 from expunge.errors import DiskFull, RunBusy
 from expunge.files import write_atomic
 

@@ -22,6 +22,7 @@ class Outcome:
     """model: the unlearned model, same class and keys as the original. record: what happened, as plain data (never samples).
 
     state: what the method keeps for the next request of a stream. proof: an exact method's own numbers, or None.
+    action: the plan (or edit, ...) that was carried out.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Outcome:
     case: Case
     state: dict[str, Any] = field(default_factory=dict)
     proof: dict[str, Any] | None = None
+    action: Action | None = None
 
     @property
     def name(self) -> str:
@@ -116,7 +118,8 @@ def unlearn(
             state=state, report=report,
         )  # fmt: skip
         return Outcome(
-            result.model, _record(case, configured, action, config, result), configured, case, result.state, result.proof
+            result.model, _record(case, configured, action, config, result), configured, case, result.state, result.proof,
+            action,
         )
 
     if run is None:
@@ -128,7 +131,7 @@ def unlearn(
             from copy import deepcopy
 
             model = load_weights(deepcopy(case.model), directory.weights_file)
-            return Outcome(model, finished["record"], configured, case, {}, finished.get("proof"))
+            return Outcome(model, finished["record"], configured, case, {}, finished.get("proof"), action)
         directory.write_config(config)
         directory.write_environment()
         directory.write_json("request.json", case.describe()["request"])

@@ -95,6 +95,9 @@ class Method:
                 f"{self.name} serves {', '.join(self.kinds)}, and the case is {case.task.name}; choose a method that serves it "
                 "(expunge ls methods)"
             )
+        trained_for = getattr(case.model, "expunge_protection", "")
+        if "protection" in self.needs and trained_for not in ("", self.name):
+            found.append(f"{self.name} needs a model trained for it, and this one was trained for {trained_for}; use that method")
         for need in self.needs:
             check, why = NEEDS[need]
             if not check(case):
@@ -130,7 +133,7 @@ NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
     "retain": (lambda c: len(c.split("retain")) > 0, "retain data; keep some training data in the case"),
     "labels": (
         lambda c: getattr(c.task, "labels", "labels") in c.data.names,
-        "labels; give the data a labels column, or choose a label-free method (laf, ssd with label_free=true)",
+        "labels; give the data a labels column, or choose a label-free method (laf, lfssd)",
     ),
     "recipe": (lambda c: c.recipe is not None, "the training recipe; pass Case(recipe=Training(...))"),
     "holdout": (lambda c: "holdout" in c.splits, "unseen data of the forget kind; pass Case(holdout=...) or Case(test=...)"),

@@ -22,10 +22,12 @@ class Proximal:
 
 @dataclass(frozen=True)
 class SoftThreshold(Proximal):
-    """theta <- theta_o + sign(d) max(|d| - tau_t, 0), d = theta - theta_o: the proximal step of tau_t ||theta - theta_o||_1.
+    """theta <- theta_o + sign(d) max(|d| - tau_t, 0), d = theta - theta_o: the proximal step of tau_t ||theta -
+    theta_o||_1.
 
-    tau_t is the q_t-th smallest |d| over all weights, q_t = share * P * (1 - t/T): after the first update that share of the
-    weights is back where it was, after the last none is held (Fan et al., 2310.12508, soft-thresholding variant).
+    tau_t is the q_t-th smallest |d| over all weights, q_t = share * P * (1 - t/T): after the first update that share
+    of the weights is back where it was, after the last none is held (Fan et al., 2310.12508, soft-thresholding
+    variant).
     """
 
     share: float = 0.5

@@ -18,7 +18,7 @@ from expunge.audits.base import Measurement as Measured
 from expunge.audits.base import checks as known_checks
 from expunge.audits.base import run_checks
 from expunge.audits.attacks.budget import Attack, Budget
-from expunge.audits.battery import find_attacks, judge
+from expunge.audits.battery import attack_all, find_attacks, judge
 from expunge.audits.golds import Gold, make_gold
 from expunge.audits.subjects import Subjects
 from expunge.audits.verdict import Thresholds, Verdict
@@ -97,7 +97,8 @@ class Auditor:
         checks: names; default: all that serve the task and whose needs the case meets, but those that train further models.
         attacks: active attacks by name or as objects; default: the whole battery. budget: what each may spend.
         thresholds: of the verdict. seed: of gold, attacks and bootstrap. cache: a folder where golds are kept.
-        ensembles: see `Subjects`.
+        shadows: models per ensemble for the checks that need distributions (U-LiRA, RMIA, KLoM, challenge score); 0 for
+            none. The method is then run on as many originals. ensembles: your own, see `Subjects`.
     """
 
     def __init__(
@@ -113,15 +114,22 @@ class Auditor:
         thresholds: Thresholds | None = None,
         seed: int = 0,
         cache: str | Path | None = None,
+        shadows: int = 0,
         ensembles: Mapping[str, Any] | None = None,
         report: Report | None = None,
     ):
         self.case, self.seed, self.thresholds, self.report = case, seed, thresholds or Thresholds(), report
         self.wanted = None if checks is None else list(checks)
-        self.ensembles = dict(ensembles or {})
+        self.ensembles, self.shadows = dict(ensembles or {}), shadows
+        if shadows:
+            from expunge.records.shadows import reference_ensembles
+
+            self._tell(f"training {3 * shadows} shadow models at once", 0, 1)
+            self.ensembles |= reference_ensembles(case, shadows, seed)
         self.gold, self.floor = self._golds(gold, floor, dict(gold_settings or {}), cache)
         self.attacks, self.budget = find_attacks(attacks), budget or Budget()
         self._shared: Subjects | None = None
+        self._attacked: dict[Any, Any] = {}
 
     def _golds(self, gold: Any, floor: Any, settings: dict[str, Any], cache: Any) -> tuple[Gold, Gold | None]:
         if isinstance(gold, str):
@@ -165,8 +173,15 @@ class Auditor:
                 "make an Auditor for that case"
             )
         subjects = self.subjects(outcome.model)
+        if self.shadows:
+            from expunge.records.shadows import unlearned_ensemble
+
+            subjects.ensembles["unlearned"] = unlearned_ensemble(self.case, outcome, self.ensembles["original"], self.seed)
         names = self.chosen(subjects)
         budgets = {name: {"budget": self.budget} for name in names if "budget" in known_checks()[name].settings}
+        attack_all(
+            subjects, self.attacks, self.budget, lambda a: self._tell(a.name, 0, len(self.attacks)), memory=self._attacked
+        )
         measured = run_checks(
             subjects, names, budgets, progress=lambda c: self._tell(c.name, names.index(c.name), len(names))
         )

@@ -122,15 +122,12 @@ class Classification(Task):
         }
 
     def problems(self, model: nn.Module, batch: Batch) -> list[str]:
-        found = []
-        for column in (self.inputs, self.labels):
-            if column not in batch.columns:
-                have = ", ".join(sorted(k for k in batch.columns if not k.startswith("_")))
-                found.append(f"expected a column '{column}', found {have}; rename it or pass Classification({column}=...)")
-        if found:
-            return found
-        labels = batch[self.labels]
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        if self.inputs not in batch.columns:
+            have = ", ".join(sorted(k for k in batch.columns if not k.startswith("_")))
+            return [f"expected a column '{self.inputs}', found {have}; rename it or pass Classification(inputs=...)"]
+        labels = batch.columns.get(self.labels)  # label-free methods run without, and say so through their needs
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() == 1
+        if labels is not None and not whole:
             what = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             return [
                 f"expected labels as one integer per example, found {what}; convert them to int64 class numbers, "
@@ -149,10 +146,10 @@ class Classification(Task):
                 f"expected logits of shape ({len(batch)}, classes >= 2) for classification, found {tuple(logits.shape)}; "
                 "wrap the model so that it returns logits, or use task='regression' for values"
             ]
-        low, high = int(labels.min()), int(labels.max())
+        low, high = (0, 0) if labels is None else (int(labels.min()), int(labels.max()))
         if low < 0 or high >= logits.shape[1]:
-            found.append(
+            return [
                 f"expected labels in 0..{logits.shape[1] - 1} (the model has {logits.shape[1]} outputs), found {low}..{high}; "
                 "renumber the labels or load the model with the right number of classes"
-            )
-        return found
+            ]
+        return []

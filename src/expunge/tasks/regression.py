@@ -40,6 +40,8 @@ class Regression(Task):
 
     def constants(self, model: nn.Module, data: Any) -> dict[str, Any]:
         """`_target_mean`, `_target_std` (unbiased) over all rows of the training table, forget rows included."""
+        if self.labels not in data.names:
+            return {}
         y = data.column(self.labels)
         return {"_target_mean": y.mean(0), "_target_std": y.std(0)} if len(data) > 1 else {}
 
@@ -107,16 +109,12 @@ class Regression(Task):
         return {"loss": -self.loss(output, batch).double(), "margin": -torch.log(error + 1e-6), "error": -error}
 
     def problems(self, model: nn.Module, batch: Batch) -> list[str]:
-        found = []
-        for column in (self.inputs, self.labels):
-            if column not in batch.columns:
-                have = ", ".join(sorted(k for k in batch.columns if not k.startswith("_")))
-                found.append(f"expected a column '{column}', found {have}; rename it or pass Regression({column}=...)")
-        if found:
-            return found
-        labels = batch[self.labels]
-        if not labels.is_floating_point():
-            return [f"expected real targets, found {labels.dtype}; convert them with .float(), or use task='classification'"]
+        if self.inputs not in batch.columns:
+            have = ", ".join(sorted(k for k in batch.columns if not k.startswith("_")))
+            return [f"expected a column '{self.inputs}', found {have}; rename it or pass Regression(inputs=...)"]
+        labels = batch.columns.get(self.labels)  # label-free methods run without, and say so through their needs
+        if labels is not None and not (isinstance(labels, Tensor) and labels.is_floating_point()):
+            return [f"expected real targets, found {getattr(labels, 'dtype', type(labels))}; convert them with .float(), or use task='classification'"]
         with evaluating(model):
             try:
                 value = self.forward(model, move_to_model(batch, model)).prediction
@@ -125,9 +123,9 @@ class Regression(Task):
                     f"expected the model to run on inputs of shape {tuple(batch[self.inputs].shape)}, found "
                     f"{type(error).__name__}: {error}; check the data's layout and transform"
                 ]
-        if value.shape != self.target(batch).shape:
+        if labels is not None and value.shape != self.target(batch).shape:
             return [
                 f"expected predictions of the targets' shape {tuple(self.target(batch).shape)}, found {tuple(value.shape)}; "
                 "make the model return one value per target, or use task='classification' for logits"
             ]
-        return found
+        return []

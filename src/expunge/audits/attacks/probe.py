@@ -73,7 +73,7 @@ def probed(
         if len(classes) < 2:
             scores[held] = hidden_labels[held] == classes[0]
             continue
-        probe = LogisticRegression(max_iter=300).fit((x - centre) / spread, y)
+        probe = LogisticRegression(max_iter=200, tol=1e-3).fit((x - centre) / spread, y)
         says = probe.predict_proba((hidden[held] - centre) / spread)
         place = np.searchsorted(classes, hidden_labels[held]).clip(max=len(classes) - 1)
         scores[held] = np.where(classes[place] == hidden_labels[held], says[np.arange(len(says)), place], 0.0)

@@ -6,13 +6,14 @@ https://arxiv.org/abs/1911.04933. With the Fisher information per example, over 
     F_p   = mean_{x in D_r} sum_y p(y|x) ( d(-log p(y|x))/d theta_p )^2
     theta <- theta + std(F) N(0, 1)
 
-The paper's optimum has std = alpha^(1/4)-like (lam sigma_h^2)^(1/4) F^(-1/4); the official code has variance alpha min(1/(F + 1e-8), cap), i.e.
-F^(-1/2). `exponent` chooses ("code" is the default, as published numbers come from it); under "paper" the variance is
-alpha min((F + 1e-8)^(-1/2), cap^(1/2)). The rest follows the official code: cap 1e3, 1e2 in the output layer; the variance
-of a matrix or kernel averaged over its inputs (dimension 1); ten times the variance in the output layer and in vectors;
-where whole classes go, the output row of each has mean 0 and variance 1e-4 (before the factor ten). Departures: the
-output layer is the last one that a forward pass calls, where the code takes every tensor whose first size is the number of
-classes; and the code's full-class branch in one port never runs (it tests for a missing class), here it does.
+The paper's optimum has std ~ F^(-1/4); the official code has the variance alpha min(1/(F + 1e-8), cap), i.e.
+std ~ F^(-1/2). `exponent` chooses ("code" is the default: published numbers come from it); under "paper" the variance
+is alpha min(1/(F + 1e-8), cap)^(1/2). The rest follows the official code: cap 1e3, 1e2 in the output layer; the
+variance of a matrix or kernel averaged over its inputs (dimension 1); ten times the variance in the output layer and in
+vectors; where whole classes go, the output row of each has mean 0 and variance 1e-4 (before the factor ten).
+
+Departure: the output layer is the last linear one that a forward pass calls, where the code takes every tensor whose
+first size is the number of classes. (In one port the class branch is never reached: it asks for `class is None`.)
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def own_label_fisher(bench: Workbench, on: str, samples: int | None = None, chun
                     log_p = F.log_softmax(output.prediction, -1)[:, y]
                     return -(0.5 * log_p.detach()).exp() * log_p
 
-                for name, value in squared_gradient_sum(bench.model, bench.task, batch, chunk=chunk, loss=energy).items():
+                for name, value in squared_gradient_sum(
+                    bench.model, bench.task, batch, chunk=chunk, loss=energy
+                ).items():
                     total[name] = total[name] + value if name in total else value
     return {name: value / len(rows) for name, value in total.items()}
 
@@ -61,7 +64,7 @@ def own_label_fisher(bench: Workbench, on: str, samples: int | None = None, chun
 def noise_variance(fisher: Tensor, alpha: float, exponent: str = "code", output_layer: bool = False) -> Tensor:
     """The variance of a parameter's noise from its Fisher information, before any class row is treated.
 
-    A factor of ten (output layer, vectors) is applied by `scaled` afterwards, as the official code does.
+    The factor ten (output layer, vectors) comes after that, as in the official code.
     """
     cap = 1e2 if output_layer else 1e3
     inverse = (1.0 / (fisher + 1e-8)).clamp(max=cap)
@@ -75,7 +78,9 @@ def noise_variance(fisher: Tensor, alpha: float, exponent: str = "code", output_
 )  # fmt: skip
 def fisher_forgetting(
     alpha: Annotated[float, setting("strength: variance per inverse information", ge=0)] = 3e-6,
-    exponent: Annotated[Literal["code", "paper"], setting("std ~ F^(-1/2) as the code, or F^(-1/4) as the paper")] = "code",
+    exponent: Annotated[
+        Literal["code", "paper"], setting("std ~ F^(-1/2) as the code, or F^(-1/4) as the paper")
+    ] = "code",
     samples: Annotated[int | None, setting("retain rows the information is measured on; default: all", ge=1)] = None,
     class_rows: Annotated[bool, setting("reset the output rows of classes that go as a whole")] = True,
 ) -> Edit:

@@ -1,20 +1,20 @@
 """Influence unlearning: one Newton-like step that takes back what the forget rows did to the weights.
 
-Papers: "Understanding Black-box Predictions via Influence Functions", Koh and Liang, ICML 2017, https://arxiv.org/abs/1703.04730,
-as an unlearning baseline ("IU") in "Model Sparsity Can Simplify Machine Unlearning", Jia et al., 2304.04934, with the inverse of
-"WoodFisher", Singh and Alistarh, NeurIPS 2020, https://arxiv.org/abs/2004.14340.
+Papers: "Understanding Black-box Predictions via Influence Functions", Koh and Liang, ICML 2017,
+https://arxiv.org/abs/1703.04730, as an unlearning baseline ("IU") in "Model Sparsity Can Simplify Machine Unlearning",
+Jia et al., 2304.04934, with the inverse of "WoodFisher", Singh and Alistarh, NeurIPS 2020, 2004.14340.
 
     theta_u = theta_o + alpha F^{-1} v,   v = (N_f/N) ( mean grad loss(D_f) - mean grad loss(D_r) )
     F       = (1/M) sum_i g_i g_i^T + delta I     over M retain examples
     F^{-1} v = ( v - G (M delta I + G^T G)^{-1} G^T v ) / delta,   G = [g_1 .. g_M]      (Woodbury, exact)
 
 At an optimum of the loss on all data v = -grad L_r, so alpha = 1 is the damped Newton step to the retrained weights.
-`fisher="model"` takes the examples' gradients over the model's own label distribution, columns sqrt(p_y) g_{i,y}: for a model
-that is linear in its weights this F is the Hessian of the cross-entropy.
+`fisher="model"` takes the examples' gradients over the model's own label distribution, columns sqrt(p_y) g_{i,y}: for a
+model that is linear in its weights this F is the Hessian of the cross-entropy.
 
-Departure, and why: the official code says WoodFisher but never recomputes F_n^{-1} g for a new g. Its vector stays parallel to
-the first gradient, so that its answer is v minus a multiple of g_1: plain ascent minus descent. Here the inverse is exact (M x M
-system in float64), and the recursion, written as published, is beside it as `woodfisher`.
+Departure, and why: the official code says WoodFisher but never recomputes F_n^{-1} g for a new g. Its vector stays
+parallel to the first gradient, so that its answer is v minus a multiple of g_1: plain ascent minus descent. Here the
+inverse is exact (M x M system in float64), and the recursion, written as published, is beside it as `woodfisher`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def influence(
     damping: Annotated[float, setting("delta added to the information's diagonal", gt=0)] = 1e-2,
     samples: Annotated[int, setting("retain examples in the information; memory is samples x weights", ge=1)] = 500,
     fisher: Annotated[
-        Literal["empirical", "model"], setting("gradients at the data's labels, or over the model's own label distribution")
+        Literal["empirical", "model"],
+        setting("gradients at the data's labels, or over the model's own label distribution"),
     ] = "empirical",
 ) -> Edit:
     """One step along the inverse information times (forget gradient minus retain gradient)."""

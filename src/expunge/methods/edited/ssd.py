@@ -7,16 +7,18 @@ https://arxiv.org/abs/2308.07707. With B batches b of all data D (and likewise I
     beta    = min( lam I_D / I_F, 1 )
     theta_p <- beta_p theta_p   where I_F,p > alpha I_D,p            all other weights stay, bit for bit
 
-`lfssd` is the label-free variant (Foster et al., "Loss-Free Machine Unlearning", 2402.19308): mean_i ||f(x_i)||^2 in place of the
-loss, and |gradient| in place of its square.
+`lfssd` is the label-free variant (Foster et al., "Loss-Free Machine Unlearning", 2402.19308): mean_i ||f(x_i)||^2 in
+place of the loss, and |gradient| in place of its square.
 
 Departure: D is passed shuffled. The official code passes retain then forget rows, grouped by class where a class goes
-(`order="grouped"`). The order decides what a batch mean is, and so which alpha is useful; it is kept with the importance of
-D, which `outcome.state` carries to the next request. That importance belongs to the weights it was measured on: it is used
-again only for the same weights, unless `stored="always"` (no retain data at request time, at the price of staleness).
+(`order="grouped"`). The order decides what a batch mean is, and so which alpha is useful; it is kept with the
+importance of D, which `outcome.state` carries to the next request. That importance belongs to the weights it was
+measured on: it is used again only for the same weights, unless `stored="always"` (no retain data at request time, at
+the price of staleness).
 
-A limit to know: with importances per example, or of batches that are the same in D and D_f, I_D >= (|D_f|/N) I_F, so nothing
-could be selected once alpha >= N/|D_f|. What is selected there lives off how shuffling mixes batches; a warning says so.
+A limit to know: with importances per example, or of batches that are the same in D and D_f, I_D >= (|D_f|/N) I_F, so
+nothing could be selected once alpha >= N/|D_f|. What is selected there lives off how shuffling mixes batches; a
+warning says so.
 """
 
 from __future__ import annotations
@@ -39,10 +41,14 @@ if TYPE_CHECKING:
 Importance = dict[str, Tensor]
 """Parameter name -> importance >= 0, of the parameter's shape."""
 
-Alpha = Annotated[float, setting("how many times more important to the forget data a weight must be to be selected", ge=0)]
+Alpha = Annotated[
+    float, setting("how many times more important to the forget data a weight must be to be selected", ge=0)
+]
 Lam = Annotated[float, setting("dampening: a selected weight is multiplied by min(lam I_D / I_F, 1)", ge=0)]
 BatchSize = Annotated[int, setting("rows per batch gradient; changes the importances", ge=1)]
-Order = Annotated[Literal["shuffled", "grouped"], setting("order of the rows; grouped: retain by class, then forget, as officially")]
+Order = Annotated[
+    Literal["shuffled", "grouped"], setting("order of the rows; grouped: retain by class, then forget, as officially")
+]
 Stored = Annotated[
     Literal["same_weights", "always", "never"],
     setting("when a stored importance of D serves: measured on the same weights and settings, always, or never"),
@@ -51,7 +57,7 @@ Stored = Annotated[
 
 def selected(I_D: Tensor, I_F: Tensor, alpha: float) -> Tensor:
     """Weights with I_F > alpha I_D, as bool. I_F = 0 is never selected."""
-    return I_F > alpha * I_D
+    return torch.gt(I_F, alpha * I_D)
 
 
 def dampen(theta: Tensor, I_D: Tensor, I_F: Tensor, alpha: float, lam: float) -> Tensor:
@@ -62,9 +68,7 @@ def dampen(theta: Tensor, I_D: Tensor, I_F: Tensor, alpha: float, lam: float) ->
 
 def output_energy(step: Step) -> Tensor:
     """||f(x_i)||^2, (B,): what LFSSD differentiates instead of the loss."""
-    return step.output.prediction.flatten(1).square().sum(1) if step.output.prediction.dim() > 1 else (
-        step.output.prediction.square()
-    )  # fmt: skip
+    return step.output.prediction.reshape(len(step.batch), -1).square().sum(1)
 
 
 def all_rows(bench: Workbench, by_class: bool) -> Split:
@@ -110,8 +114,9 @@ def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str,
         rows, forget = len(bench.splits["train"]), len(bench.splits["forget"])
         if alpha >= rows / forget:
             bench.warn(
-                f"expected alpha < N/|D_f| = {rows / forget:.3g}, found {alpha:g}: per example nothing could be selected, and "
-                "what is selected depends on how batches mix; lower alpha, or judge by the noted selected_fraction",
+                f"expected alpha < N/|D_f| = {rows / forget:.3g}, found {alpha:g}: per example nothing could be "
+                "selected, and what is selected depends on how batches mix; lower alpha, or judge by "
+                "the noted selected_fraction",
                 ExpungeWarning,
             )
         I_D = importance_of_all(bench, about, stored, measured)
@@ -123,7 +128,6 @@ def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str,
                 total += theta.numel()
                 theta.copy_(dampen(theta, I_D[name], I_F[name], alpha, lam))
         bench.note("selected_fraction", count / max(total, 1))
-        bench.note("order", order)
         if count == 0:
             bench.warn(f"I_F > {alpha:g} I_D holds for none of {total} weights; lower alpha", EmptyScope)
 

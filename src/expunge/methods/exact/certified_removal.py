@@ -1,13 +1,13 @@
 """Certified removal: one Newton step on a linear classifier trained with noise, and a bound on what is left.
 
-Paper: "Certified Data Removal from Machine Learning Models", Guo et al., ICML 2020, https://arxiv.org/abs/1911.03030. The
-mathematics is in `certified.py`; this file makes it a model and a method.
+Paper: "Certified Data Removal from Machine Learning Models", Guo et al., ICML 2020, https://arxiv.org/abs/1911.03030.
+The mathematics is in `certified.py`; this file makes it a model and a method.
 
     protect:  argmin sum_i l(y_i w.x_i) + (lam n / 2) ||w||^2 + b.w,   b ~ N(0, sigma^2 I),  ||x_i|| <= 1
-    forget:   w <- w + H^-1 Delta,  beta += bound;   valid while beta <= sigma eps / sqrt(2 log(1.5 / delta)), else retrain
+    forget:   w <- w + H^-1 Delta,  beta += bound;   while beta <= sigma eps / sqrt(2 log(1.5 / delta)), else retrain
 
-Inputs are the case's inputs, or its model's features (frozen; the certificate is then about the head alone), each row scaled
-to norm <= 1 by itself. There is no intercept.
+Inputs are the case's inputs, or its model's features (frozen; the certificate is then about the head alone), each row
+scaled to norm <= 1 by itself. There is no intercept.
 """
 
 from __future__ import annotations
@@ -97,13 +97,17 @@ def within_bound(bench: Workbench, model: Any) -> dict[str, Any]:
     mechanism="newton step", guarantee="certified", paper="Guo et al., ICML 2020, 1911.03030", learn=train_certified,
 )  # fmt: skip
 def certified_removal(
-    backbone: Annotated[Literal["inputs", "model"], setting("features: the inputs, or the model's (chosen at protect)")] = "inputs",
+    backbone: Annotated[
+        Literal["inputs", "model"], setting("features: the inputs, or the model's (chosen at protect)")
+    ] = "inputs",
     lam: Annotated[float, setting("L2 penalty per row (chosen at protect)", gt=0)] = 1e-2,
     sigma: Annotated[float, setting("spread of the training noise b (chosen at protect)", gt=0)] = 1.0,
     epsilon: Annotated[float, setting("certificate (chosen at protect)", gt=0)] = 1.0,
     delta: Annotated[float, setting("certificate (chosen at protect)", gt=0, lt=1)] = 1e-4,
     loss: Annotated[Literal["logistic", "quadratic"], setting("convex loss (chosen at protect)")] = "logistic",
-    accounting: Annotated[Literal["joint", "per_class"], setting("budget over all heads, or each (chosen at protect)")] = "joint",
+    accounting: Annotated[
+        Literal["joint", "per_class"], setting("budget over all heads, or each (chosen at protect)")
+    ] = "joint",
     when_spent: Annotated[Literal["retrain", "refuse"], setting("past the budget (chosen at protect)")] = "retrain",
 ) -> Exact:
     """One Newton step per request, within an (epsilon, delta) budget; beyond it the head is retrained."""

@@ -30,8 +30,9 @@ class Partition:
 
 
 def partition(data: Data, shards: int, slices: int, seed: int, likely: str = "") -> Partition:
-    """Equal shards of equal slices in an order drawn from the seed. likely: a column of numbers, higher for rows more likely
-    to be deleted; those are put together into the last shards and, there, the last slices, where a deletion costs least."""
+    """Equal shards of equal slices in an order drawn from the seed. likely: a column of numbers, higher for rows more
+    likely to be deleted; those are put together into the last shards and, there, the last slices, where a deletion
+    costs least."""
     rows = len(data)
     if shards * slices > rows:
         raise BadSetting(
@@ -78,8 +79,8 @@ class ShardedEnsemble(nn.Module):
 
     Returns (B, K) log of the mean probability for classes, the mean of the predictions for values.
 
-    State: members; snapshots[s][r], member s before slice r (r = 0: untrained); keys (S, R, 32) uint8, what snapshot r + 1
-    was trained on; shard, slice (N,); rows (`LiveRows`).
+    State: members; snapshots[s][r], member s before slice r (r = 0: untrained); keys (S, R, 32) uint8, what snapshot r
+    + 1 was trained on; shard, slice (N,); rows (`LiveRows`).
     """
 
     expunge_protection = "sisa"
@@ -118,7 +119,9 @@ class ShardedEnsemble(nn.Module):
         """(shard, slice) pairs whose snapshot was trained on other rows than those now live."""
         keys = self.keys.cpu()
         shards, slices = keys.shape[:2]
-        return [(s, r) for s in range(shards) for r in range(slices) if not torch.equal(self.key(s, r, ids), keys[s, r])]
+        return [
+            (s, r) for s in range(shards) for r in range(slices) if not torch.equal(self.key(s, r, ids), keys[s, r])
+        ]
 
     def train_stale(self, case: Case, ids: Tensor) -> dict[str, Any]:
         """Train what is not up to date with the live rows `ids` (sorted); returns what it took."""

@@ -1,4 +1,4 @@
-"""What models trained by `expunge.protect` share: the rows they hold, known by digest, and a frozen feature extractor."""
+"""What models trained by `expunge.protect` share: the rows they hold, by digest, and a frozen feature extractor."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class LiveRows(nn.Module):
         """Raise `BadData` unless these rows of the table are those that were learned."""
         if len(data) != len(self.live):
             raise BadData(
-                f"expected the table of {len(self.live)} rows that the model was trained on, found {len(data)} rows; keep row "
+                f"expected the table of {len(self.live)} rows that the model was trained on, found {len(data)} rows; "
+                "keep row "
                 "numbers as they were (forgotten rows may be blanked, not dropped)"
             )
         other = (_digests(data, ids) != self.digests.cpu()[ids]).any(1)
@@ -65,7 +66,8 @@ class LiveRows(nn.Module):
         gone = ids[~self.live.cpu()[ids]]
         if len(gone):
             raise BadRequest(
-                f"expected rows that the model holds, found {len(gone)} that were never learned or are already forgotten "
+                f"expected rows that the model holds, found {len(gone)} that were never learned or are already "
+                "forgotten "
                 f"(first: {gone[:5].tolist()}); leave them out of the request"
             )
         live = self.live.cpu().clone()
@@ -92,7 +94,8 @@ class Trunk(nn.Module):
         if not linear or self.model.get_submodule(linear[-1]).out_features != outputs:
             raise BadModel(
                 f"expected the model to end in a linear layer with {outputs} outputs, found "
-                f"{'another one last' if linear else 'no linear layer'}; use backbone='inputs', or give a model that does"
+                f"{'another one last' if linear else 'no linear layer'}; use backbone='inputs', or give a model that "
+                "does"
             )
         parent, _, name = linear[-1].rpartition(".")
         setattr(self.model.get_submodule(parent), name, nn.Identity())

@@ -2,8 +2,9 @@
 
     theta_u = train(fresh initialisation, D_r)          (recipe of the case, seed of the unlearning run)
 
-No paper: it is the definition. The fresh model is initialised anew at every depth (`Case.fresh`); a known official helper
-resets direct children only and so keeps nested layers trained. Its spread over seeds is the noise floor of every distance.
+No paper: it is the definition. The fresh model is initialised anew at every depth (`Case.fresh`); a known official
+helper resets direct children only and so keeps nested layers trained. Its spread over seeds is the noise floor of every
+distance.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ def compared(model: nn.Module, clean: nn.Module) -> dict[str, Any]:
     largest = max((float((x.double() - y.double()).abs().max()) for x, y in pairs), default=0.0)
     scale = max((float(y.double().abs().max()) for _, y in pairs), default=1.0)
     kind = "proved" if equal else "unproved"
-    return {"kind": kind, "equal_bytes": equal, "largest_difference": largest, "relative_difference": largest / max(scale, 1e-300)}
+    return {
+        "kind": kind,
+        "equal_bytes": equal,
+        "largest_difference": largest,
+        "relative_difference": largest / max(scale, 1e-300),
+    }
 
 
 @method(

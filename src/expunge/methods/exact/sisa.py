@@ -7,10 +7,11 @@ Paper: "Machine Unlearning", Bourtoule et al., IEEE S&P 2021, https://arxiv.org/
     forget x in D_sr:  drop x; reload checkpoint r-1 of member s; repeat steps r..R
     predict:  mean of the members' probabilities
 
-A checkpoint's key is a hash of the live rows up to its slice, so what is unaffected is found by its key and left alone; any
-number of rows is one request. e_r = int(r a) - int((r-1) a), a = 2 e / (R + 1), as in the official code, but at least 1.
-Departures: probabilities are averaged (the paper also offers a majority of one-hot votes, which has no gradient and gives
-wrong classes a log-likelihood of minus infinity). Optimizer state starts anew in every slice; schedules run within a slice.
+A checkpoint's key is a hash of the live rows up to its slice, so what is unaffected is found by its key and left
+alone; any number of rows is one request. e_r = int(r a) - int((r-1) a), a = 2 e / (R + 1), as in the official code,
+but at least 1. Departures: probabilities are averaged (the paper also offers a majority of one-hot votes, which has no
+gradient and gives wrong classes a log-likelihood of minus infinity). Optimizer state starts anew in every slice;
+schedules run within a slice.
 """
 
 from __future__ import annotations
@@ -62,13 +63,18 @@ def equals_scratch(bench: Workbench, model: Any) -> dict[str, Any]:
 
 @method(
     family="exact", needs=("protection", "recipe"), kinds=("classification", "regression"), intention="removal",
-    mechanism="sharded retraining", guarantee="exact", paper="Bourtoule et al., S&P 2021, 1912.03817", learn=train_sharded,
+    mechanism="sharded retraining", guarantee="exact", paper="Bourtoule et al., S&P 2021, 1912.03817",
+    learn=train_sharded,
 )  # fmt: skip
 def sisa(
     shards: Shards = 5,
     slices: Slices = 3,
     likely: Likely = "",
-    prove: Annotated[bool, setting("retrain the ensemble from scratch and compare bytes (outside the measured time)")] = False,
+    prove: Annotated[
+        bool, setting("retrain the ensemble from scratch and compare bytes (outside the measured time)")
+    ] = False,
 ) -> Exact:
     """Retrain only the shards and slices that have seen the forget rows."""
-    return Exact(retrain_affected, "retrain(slices r.. of shard s with the forget rows)", equals_scratch if prove else keys_match)
+    return Exact(
+        retrain_affected, "retrain(slices r.. of shard s with the forget rows)", equals_scratch if prove else keys_match
+    )

@@ -2,11 +2,12 @@
 
 Paper: "Amnesiac Machine Learning", Graves, Nagisetty and Ganesh, AAAI 2021, https://arxiv.org/abs/2010.10981.
 
-    protect:  train as ever; for each update (e, b) whose batch holds a sensitive row, store Delta_{e,b} = theta_after - theta_before
-    forget:   theta_u = theta - sum { Delta_{e,b} : batch b of epoch e held a forget row };  then a few repair epochs on D_r
+    protect:  train as ever; of each update (e, b) whose batch holds a sensitive row, store Delta_{e,b} = after - before
+    forget:   theta_u = theta - sum { Delta_{e,b} : batch b of epoch e held a forget row };  then repair epochs on D_r
 
-Not exact: later updates were computed at weights that contained the removed ones. The paper's other method, wrong labels on the
-forget rows, is random labelling (see the tuned methods). Departure: batch statistics of normalisation layers are not taken back.
+Not exact: later updates were computed at weights that contained the removed ones. The paper's other method, wrong
+labels on the forget rows, is random labelling (see the tuned methods). Departure: batch statistics of normalisation
+layers are not taken back.
 """
 
 from __future__ import annotations
@@ -82,13 +83,15 @@ def subtract(model: nn.Module, total: Tensor) -> None:
 class AmnesiacModel(nn.Module):
     """A trained model with the log of its updates. Its output is the model's.
 
-    State: model; updates (T, P); members (T, B) int64 row numbers of each logged batch, -1 where shorter; undone (T,) bool;
-    live (N,) bool.
+    State: model; updates (T, P); members (T, B) int64 row numbers of each logged batch, -1 where shorter; undone (T,)
+    bool; live (N,) bool.
     """
 
     expunge_protection = "amnesiac"
 
-    def __init__(self, model: nn.Module, updates: Sequence[Tensor], rows: Sequence[Tensor], live: Tensor, sensitive: Tensor):
+    def __init__(
+        self, model: nn.Module, updates: Sequence[Tensor], rows: Sequence[Tensor], live: Tensor, sensitive: Tensor
+    ):
         super().__init__()
         self.model = model
         width = max((len(r) for r in rows), default=0)
@@ -111,7 +114,8 @@ class AmnesiacModel(nn.Module):
         other = ids[~(self.sensitive & self.live)[ids.to(place)].cpu()]
         if len(other):
             raise UnmetNeed(
-                f"expected rows whose updates were logged and that are not forgotten yet, found {len(other)} others (first: "
+                f"expected rows whose updates were logged and that are not forgotten yet, found {len(other)} others "
+                "(first: "
                 f"{other[:5].tolist()}); train with protect(case, 'amnesiac', sensitive='all'), or retrain"
             )
         hit = torch.isin(self.members, ids.to(place)).any(1) & ~self.undone
@@ -151,11 +155,13 @@ def train_logged(case: Case, seed: int, sensitive: str, **_: Any) -> nn.Module:
 
 @method(
     family="protected", needs=("protection", "labels", "retain"), kinds=("classification", "regression"),
-    intention="removal", mechanism="take back updates", paper="Graves et al., AAAI 2021, 2010.10981", learn=train_logged,
+    intention="removal", mechanism="take back updates", paper="Graves et al., AAAI 2021, 2010.10981",
+    learn=train_logged,
 )  # fmt: skip
 def amnesiac(
     sensitive: Annotated[
-        str, setting("rows that may be deleted: 'all', 'request', or a column that is true for them (chosen at protect)")
+        str,
+        setting("rows that may be deleted: 'all', 'request', or a column that is true for them (chosen at protect)"),
     ] = "all",
     repair_epochs: Annotated[int, setting("passes over the retain data after taking back", ge=0)] = 2,
     lr: Annotated[float, setting("step size of the repair", gt=0)] = 0.01,

@@ -1,12 +1,12 @@
 """Amnesiac relabelling: a wrong label for every forget row, once, and a few epochs on everything.
 
-Paper: Graves et al., "Amnesiac Machine Learning", AAAI 2021, https://arxiv.org/abs/2010.10981, the "unlearning" variant that
-needs no record of training (the other, which subtracts stored updates, acts at training time).
+Paper: Graves et al., "Amnesiac Machine Learning", AAAI 2021, https://arxiv.org/abs/2010.10981, the "unlearning"
+variant that needs no record of training (the other, which subtracts stored updates, acts at training time).
 
     min_theta  E_{D_f + D_r} loss(theta; x, y'),   y' = a fixed random wrong label on D_f, the true one on D_r
 
-Differs from random labels by labels that stay, one shuffled mixture, and Adam. Departure: none known; the wrong label is never
-the true one, as in the notebooks.
+Differs from random labels by labels that stay, one shuffled mixture, and Adam. Departure: none known; the wrong label
+is never the true one, as in the notebooks.
 """
 
 from __future__ import annotations

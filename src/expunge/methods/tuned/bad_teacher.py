@@ -2,12 +2,13 @@
 
 Paper: Chundawat et al., "Can Bad Teaching Induce Forgetting?", AAAI 2023, https://arxiv.org/abs/2205.08096, eq. 5.
 
-    min_theta  E_{x in D_f + part of D_r}  KL( u p_random(x) + (1 - u) p_original(x) || p_theta(x) ),   u = 1 on D_f, else 0
+    min_theta  E_{x in D_f + part of D_r}  KL( u p_random(x) + (1 - u) p_original(x) || p_theta(x) )
+    u = 1 on D_f, else 0
 
-u is 0 or 1, so the target is one teacher or the other: two terms over one shuffled mixture ("mixed"). Only a share of the retain
-data (0.3), drawn once, is passed, one epoch long. Departure: the divergence is the mean over rows; the official code calls
-`kl_div` with its default reduction, which divides by the number of classes K too. Adam hides a factor of 1/K; another optimizer
-would want a K times larger step to match that code.
+u is 0 or 1, so the target is one teacher or the other: two terms over one shuffled mixture ("mixed"). Only a share of
+the retain data (0.3), drawn once, is passed, one epoch long. Departure: the divergence is the mean over rows; the
+official code calls `kl_div` with its default reduction, which divides by the number of classes K too. Adam hides a
+factor of 1/K; another optimizer would want a K times larger step to match that code.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
 """LAF: unlearning without any label, by making the forget representations unlikely and the others stay where they are.
 
 Paper: "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", Shen et al., ICLR 2024,
-https://arxiv.org/abs/2404.00506. With e = g(x) the representation at a layer, h_D and h_f variational autoencoders of the
-representations of all training data and of the forget data (trained first, then frozen), per pair of batches:
+https://arxiv.org/abs/2404.00506. With e = g(x) the representation at a layer, h_D and h_f variational autoencoders
+of the representations of all training data and of the forget data (trained first, then frozen), per pair of batches:
 
-    L_UE = sum_{s in D_r} phi(q_{h_D}(g(s))) - sum_{u in D_f} phi(q_{h_f}(g(u))),   phi(q) = exp(q/(q+1)), q_h(e) = ||h(e) - e||^2
-    L_RA = sum_{s in D_r} log( exp(c_s) / sum_{u in D_f} exp(c_u/tau) ),            c = 1 - cos(g(x), g_original(x))
+    L_UE = sum_{s in D_r} phi(q_{h_D}(g(s))) - sum_{u in D_f} phi(q_{h_f}(g(u))),   phi(q) = exp(q/(q+1)), q_h(e) =
+    ||h(e) - e||^2 L_RA = sum_{s in D_r} log( exp(c_s) / sum_{u in D_f} exp(c_u/tau) ),            c = 1 - cos(g(x),
+    g_original(x))
 
-L_UE and L_RA alternate at every step, each by an Adam of its own on all weights; an epoch is one pass of the forget data.
-LAF+R (`laf_r`) adds one pass of supervised training on the retain data.
+L_UE and L_RA alternate at every step, each by an Adam of its own on all weights; an epoch is one pass of the forget
+data. LAF+R (`laf_r`) adds one pass of supervised training on the retain data.
 
 Departures. The decoder's output is the identity; the official code ends it in a sigmoid, so that signed representations
 cannot be reconstructed (`decoder="sigmoid"` reproduces it). The representation is what goes into the last linear layer
-unless a layer is named; the paper's is the output of the first layer of the head, without activation. As in the paper, the
-density that stands for the remaining data is trained on all data, forget rows included.
+unless a layer is named; the paper's is the output of the first layer of the head, without activation. As in the
+paper, the density that stands for the remaining data is trained on all data, forget rows included.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ LrAlign = Annotated[float, setting("Adam's step size for L_RA", gt=0)]
 Tau = Annotated[float, setting("temperature of the pushed rows", gt=0)]
 Latent = Annotated[int, setting("latent numbers of the density models", ge=1)]
 Hidden = Annotated[tuple[int, ...], setting("hidden widths of the density models' encoder", min_length=1)]
-Decoder = Annotated[Literal["identity", "sigmoid"], setting("last activation of the density models; the official code has sigmoid")]
+Decoder = Annotated[
+    Literal["identity", "sigmoid"], setting("last activation of the density models; the official code has sigmoid")
+]
 DensityEpochs = Annotated[int, setting("passes to train each density model", ge=1)]
-BatchSize = Annotated[int, setting("rows per step; losses are sums, so it changes the balance of a short last batch", ge=1)]
+BatchSize = Annotated[
+    int, setting("rows per step; losses are sums, so it changes the balance of a short last batch", ge=1)
+]
 Repair = Annotated[int, setting("passes of supervised training on the retain data afterwards", ge=1)]
 LrRepair = Annotated[float, setting("Adam's step size of the repair", gt=0)]
 

@@ -4,9 +4,9 @@ Paper: Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023, ht
 
     min_theta  a * mean loss(retain batch) - (1 - a) * mean loss(forget batch)
 
-An epoch is one pass over the retain data; forget batches go round, reshuffled on every lap (the official `cycle` repeats its
-first shuffling for ever). a = 0.95 for small sets, up to 0.9999 for large ones. "Advanced NegGrad" of MUFAC is a = 0.5 at twice
-the step size. Departure: `cap` bounds the ascent; off by default.
+An epoch is one pass over the retain data; forget batches go round, reshuffled on every lap (the official `cycle`
+repeats its first shuffling for ever). a = 0.95 for small sets, up to 0.9999 for large ones. "Advanced NegGrad" of
+MUFAC is a = 0.5 at twice the step size. Departure: `cap` bounds the ascent; off by default.
 """
 
 from __future__ import annotations

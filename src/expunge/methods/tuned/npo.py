@@ -5,9 +5,9 @@ https://arxiv.org/abs/2404.05868, eq. 3; with a retain loss beside it ("NPO+RT")
 
     min_theta  E_{D_f} -(2/beta) log sigmoid(-beta log(p_theta(y|x) / p_o(y|x))) + alpha * E_{D_r} loss(theta)
 
-beta -> 0 is gradient ascent; beta > 0 weights a row's ascent by 2 p^beta / (p^beta + p_o^beta), which dies out once p << p_o.
-Written for language models; any task with a log-likelihood will do. The original enters as one number per row, so no second
-model is held.
+beta -> 0 is gradient ascent; beta > 0 weights a row's ascent by 2 p^beta / (p^beta + p_o^beta), which dies out once p
+<< p_o. Written for language models; any task with a log-likelihood will do. The original enters as one number per
+row, so no second model is held.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Random labels: fit answers on the forget data that are not its own, and what stays as it is.
 
-Paper: Golatkar et al., "Eternal Sunshine of the Spotless Net", CVPR 2020, https://arxiv.org/abs/1911.04933, as a baseline; the
-form here is that of SalUn's code, https://arxiv.org/abs/2310.12508, of which this is density 1.
+Paper: Golatkar et al., "Eternal Sunshine of the Spotless Net", CVPR 2020, https://arxiv.org/abs/1911.04933, as a
+baseline; the form here is that of SalUn's code, https://arxiv.org/abs/2310.12508, of which this is density 1.
 
     min_theta  E_{D_f, y' random} loss(theta; x, y') + alpha * E_{D_r} loss(theta; x, y)
 
-`rhythm="in_turn"` passes all forget batches, then all retain batches (CIFAR-10 in that code); "mixed" shuffles both together
-(CIFAR-100). Labels are drawn anew at every step, or once per run; from the wrong classes ("other") or from all ("uniform").
+`rhythm="in_turn"` passes all forget batches, then all retain batches (CIFAR-10 in that code); "mixed" shuffles both
+together (CIFAR-100). Labels are drawn anew at every step, or once per run; from the wrong classes ("other") or from
+all ("uniform").
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ def random_labels(
     batch_size: BatchSize = 256,
     momentum: Momentum = 0.9,
     weight_decay: WeightDecay = 5e-4,
-    policy: Annotated[Literal["other", "uniform"], setting("labels drawn from the wrong classes, or from all")] = "other",
+    policy: Annotated[
+        Literal["other", "uniform"], setting("labels drawn from the wrong classes, or from all")
+    ] = "other",
     draw: Annotated[Literal["step", "once"], setting("new labels at every step, or one per row and run")] = "step",
-    rhythm: Annotated[Literal["in_turn", "mixed"], setting("forget then retain, or both shuffled together")] = "in_turn",
+    rhythm: Annotated[
+        Literal["in_turn", "mixed"], setting("forget then retain, or both shuffled together")
+    ] = "in_turn",
 ) -> Plan:
     """Fit random labels on forget, true ones on retain."""
     return Plan(

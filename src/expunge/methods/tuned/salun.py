@@ -1,15 +1,15 @@
 """SalUn: random labels on the forget data, applied only to the weights that the forget loss is most sensitive to.
 
-Paper: "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image Classification and Generation",
-Fan et al., ICLR 2024, https://arxiv.org/abs/2310.12508.
+Paper: "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image Classification and
+Generation", Fan et al., ICLR 2024, https://arxiv.org/abs/2310.12508.
 
     m_S     = 1[ rank |sum_batches grad_theta mean CE(D_f)| < density * P ]      (one global ranking, eq. 3)
     theta_u = m_S (theta_o + delta) + (1 - m_S) theta_o                           (eq. 4)
     min_delta  E_{D_f, y' != y} CE(theta_u; x, y') + alpha E_{D_r} CE(theta_u; x, y)   (eq. 5)
 
-Each epoch passes all forget batches with labels drawn anew, then all retain batches (`rhythm="in_turn"`), as the official code
-does for CIFAR-10. Departure: y' is never the true label, as the paper writes; the code draws from all K classes, which is
-`policy="uniform"` here. At density 1 this is random labelling (`random_labels`).
+Each epoch passes all forget batches with labels drawn anew, then all retain batches (`rhythm="in_turn"`), as the
+official code does for CIFAR-10. Departure: y' is never the true label, as the paper writes; the code draws from all K
+classes, which is `policy="uniform"` here. At density 1 this is random labelling (`random_labels`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def salun(
     batch_size: Annotated[int, setting("rows per step", ge=1)] = 256,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
-    policy: Annotated[Literal["other", "uniform"], setting("labels drawn from the wrong classes, or from all")] = "other",
+    policy: Annotated[
+        Literal["other", "uniform"], setting("labels drawn from the wrong classes, or from all")
+    ] = "other",
 ) -> Plan:
     """Random labels on the most salient weights, the rest frozen bit for bit."""
     return Plan(

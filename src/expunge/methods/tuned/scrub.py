@@ -1,14 +1,16 @@
 """SCRUB: disobey the teacher on what goes, obey it on what stays, by turns.
 
-Paper: Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023, https://arxiv.org/abs/2302.09880, eq. 3 and alg. 1.
+Paper: Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023, https://arxiv.org/abs/2302.09880, eq. 3
+and alg. 1.
 
     epochs 1..msteps:  one pass over D_f,  max  T^2 KL_T(p_original || p_theta)
     every epoch:       one pass over D_r,  min  gamma * loss(theta) + alpha * T^2 KL_T(p_original || p_theta)
 
-The forget pass has no cross-entropy. Defaults are the official large-scale settings; the small-scale ones are in the card.
-`rewind=True` is SCRUB+R: the epoch whose forget accuracy is nearest to the final model's on holdout comes out, so that the
-forget rows do not stand out by being known too badly. Departures: the official small-scale script trains in eval mode (batch
-norm frozen), here training mode is used throughout; `rewind` compares the task's utility, whatever the task.
+The forget pass has no cross-entropy. Defaults are the official large-scale settings; the small-scale ones are in the
+card. `rewind=True` is SCRUB+R: the epoch whose forget accuracy is nearest to the final model's on holdout comes out,
+so that the forget rows do not stand out by being known too badly. Departures: the official small-scale script trains
+in eval mode (batch norm frozen), here training mode is used throughout; `rewind` compares the task's utility,
+whatever the task.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def scrub(
         Term(leave("original", temperature), on="forget", weight=Until(msteps), batch_size=forget_batch_size),
         Term(fit(), on="retain", weight=gamma, batch_size=retain_batch_size),
         Term(match("original", temperature), on="retain", weight=alpha),
-        optimizer=Optimizer(optimizer, lr=lr, momentum=momentum if optimizer == "sgd" else 0.0, weight_decay=weight_decay,
-                            schedule="steps", milestones=milestones),
+        optimizer=Optimizer(
+            optimizer, lr=lr, momentum=momentum if optimizer == "sgd" else 0.0, weight_decay=weight_decay,
+            schedule="steps", milestones=milestones,
+        ),
         epochs=epochs, rhythm="in_turn", rewind=rewinding() if rewind else None,
     )  # fmt: skip

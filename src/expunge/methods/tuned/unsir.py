@@ -1,15 +1,16 @@
 """UNSIR: forget a class without its data, by teaching noise in its name, then repair.
 
-Paper: Tarun et al., "Fast Yet Effective Machine Unlearning", TNNLS 2023, https://arxiv.org/abs/2111.08947, eq. 4 and alg. 1.
+Paper: Tarun et al., "Fast Yet Effective Machine Unlearning", TNNLS 2023, https://arxiv.org/abs/2111.08947, eq. 4 and
+alg. 1.
 
     noise     min_n  -loss(f_o(n), c) + penalty * mean ||n||^2     for every forgotten class c
     impair    min_theta  mean loss over retain rows and noise rows labelled c, one epoch
     repair    min_theta  mean loss over retain rows, one epoch
 
-No forget row is read, only which classes go. Departures: the official notebook labels all noise class 0 even when it forgets {0, 2};
-here each noise row carries its own class. The 20 copies of a 256-row noise batch among 9 x 1,000 retain rows are a constant share of
-every batch (`noise_share`, in one joint forward), drawn with replacement; the retain rows are drawn over all classes, not 1,000
-from each.
+No forget row is read, only which classes go. Departures: the official notebook labels all noise class 0 even when it
+forgets {0, 2}; here each noise row carries its own class. The 20 copies of a 256-row noise batch among 9 x 1,000
+retain rows are a constant share of every batch (`noise_share`, in one joint forward), drawn with replacement; the
+retain rows are drawn over all classes, not 1,000 from each.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def unsir(
     beside_it = max(round(noise_share * batch_size), 1)
     return Plan(phases=(
         Plan(
-            Term(worst_inputs(penalty), on="retain"), trains=class_noise(noise_rows), pool={"retain": noise_steps}, batch_size=1,
-            epochs=noise_epochs, optimizer=Optimizer("adam", lr=noise_lr), name="noise",
+            Term(worst_inputs(penalty), on="retain"), trains=class_noise(noise_rows),
+            pool={"retain": noise_steps}, batch_size=1, epochs=noise_epochs, optimizer=Optimizer("adam", lr=noise_lr), name="noise",
         ),
         Plan(
-            Term(beside(beside_it), on="retain"), pool={"retain": retain_rows}, batch_size=max(batch_size - beside_it, 1),
-            epochs=impair_epochs, optimizer=Optimizer("adam", lr=impair_lr), name="impair",
+            Term(beside(beside_it), on="retain"), pool={"retain": retain_rows},
+            batch_size=max(batch_size - beside_it, 1), epochs=impair_epochs, optimizer=Optimizer("adam", lr=impair_lr), name="impair",
         ),
         Plan(
             Term(fit(), on="retain"), pool={"retain": retain_rows}, batch_size=batch_size,

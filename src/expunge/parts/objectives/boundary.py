@@ -22,9 +22,9 @@ NO_NEIGHBOUR = -1
 class NearestClass(Objective):
     """Fit y' = argmax f_o(x'), x' the worst input near x. Found once, on the model as it is before the first step.
 
-    misses, where f_o(x') is still the true class: "again" attacks harder (radius doubled up to `retries` times, 10 PGD steps)
-    and drops what still misses; "drop" leaves them out of the mean; "keep" fits the true class, which relearns what must go
-    (the official code).
+    misses, where f_o(x') is still the true class: "again" attacks harder (radius doubled up to `retries` times, 10
+    PGD steps) and drops what still misses; "drop" leaves them out of the mean; "keep" fits the true class, which
+    relearns what must go (the official code).
     """
 
     radius: float = 0.1
@@ -66,7 +66,12 @@ class NearestClass(Objective):
         size = radius if steps == 1 else None
         attack = InputAttack(radius, steps, size, self.low, self.high, on=split)
         step = Step(
-            workbench.model, workbench.task, batch, workbench.references, generator(workbench.seed, "boundary"), split=split
+            workbench.model,
+            workbench.task,
+            batch,
+            workbench.references,
+            generator(workbench.seed, "boundary"),
+            split=split,
         )
         near = attack.inputs(step, lambda s: s.loss.mean())
         with torch.no_grad():

@@ -34,7 +34,9 @@ class VAE(nn.Module):
     def __init__(self, width: int, latent: int = 8, hidden: Sequence[int] = (128, 32), output: str = "identity"):
         super().__init__()
         if output not in ("identity", "sigmoid"):
-            raise BadSetting(f"expected the decoder's output to be 'identity' or 'sigmoid', found {output!r}; choose one")
+            raise BadSetting(
+                f"expected the decoder's output to be 'identity' or 'sigmoid', found {output!r}; choose one"
+            )
         self.latent = latent
         self.encoder = nn.Sequential(*_relu_layers([width, *hidden]))
         self.mean = nn.Linear(hidden[-1], latent)
@@ -43,13 +45,15 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*_relu_layers([latent, *reversed(hidden)]), *last)
 
     def forward(self, e: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """e (B, width), noise (B, latent) standard normal -> reconstruction (B, width), mean and log variance (B, latent)."""
+        """e (B, width), noise (B, latent) standard normal -> reconstruction (B, width), mean and log variance (B,
+        latent)."""
         code = self.encoder(e)
         mean, log_variance = self.mean(code), self.log_variance(code)
         return self.decoder(mean + torch.exp(0.5 * log_variance) * noise), mean, log_variance
 
     def sample(self, e: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The forward pass with noise drawn from a CPU generator. Also used after training, as the official code does."""
+        """The forward pass with noise drawn from a CPU generator. Also used after training, as the official code
+        does."""
         return self(e, torch.randn(len(e), self.latent, generator=rng).to(e))
 
 
@@ -75,7 +79,8 @@ def contrast(keep: PerExample, push: PerExample, tau: float) -> PerExample:
 
 @dataclass(frozen=True)
 class Reconstruct(Objective):
-    """Train a VAE on a frozen model's representations: ||h(e) - e||^2 + beta KL. The network under training is the VAE."""
+    """Train a VAE on a frozen model's representations: ||h(e) - e||^2 + beta KL. The network under training is the
+    VAE."""
 
     layer: str
     beta: float = 0.025

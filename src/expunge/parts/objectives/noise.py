@@ -28,8 +28,8 @@ class LearnedInputs(nn.Module):
 
 
 def class_noise(rows: int = 256, name: str = "noise") -> Auxiliary:
-    """`rows` inputs of Gaussian noise for each class that the request names, to be trained in a phase of their own. Reads
-    one retain row for its shape, and of the forget rows nothing but which classes they are."""
+    """`rows` inputs of Gaussian noise for each class that the request names, to be trained in a phase of their own.
+    Reads one retain row for its shape, and of the forget rows nothing but which classes they are."""
 
     def build(case: Any, seed: int) -> LearnedInputs:
         task, retain = case.task, case.split("retain")
@@ -42,7 +42,8 @@ def class_noise(rows: int = 256, name: str = "noise") -> Auxiliary:
 
 @dataclass(frozen=True)
 class WorstInputs(Objective):
-    """-loss(f_o(n), c) + penalty * ||n||^2 for each learned input n of class c: what a frozen model takes for anything but c.
+    """-loss(f_o(n), c) + penalty * ||n||^2 for each learned input n of class c: what a frozen model takes for
+    anything but c.
 
     The batch of the split only beats time; nothing of it is read but the task's constants.
     """

@@ -16,13 +16,18 @@ from expunge.parts.scopes.base import Mask, Scope
 class Expanded(Scope):
     """The last linear layer has K+1 outputs during training and its own K again afterwards. All weights may move.
 
-    One port of the method never deletes the extra output, so that its models are measured over K+1 classes; `leave` does.
+    One port of the method never deletes the extra output, so that its models are measured over K+1 classes; `leave`
+    does.
     """
 
     def enter(self, model: nn.Module) -> nn.Module:
         head = self._head(model)
         extra = nn.Linear(head.in_features, 1, bias=head.bias is not None).to(head.weight)
-        self._resize(head, torch.cat([head.weight, extra.weight]), None if head.bias is None else torch.cat([head.bias, extra.bias]))
+        self._resize(
+            head,
+            torch.cat([head.weight, extra.weight]),
+            None if head.bias is None else torch.cat([head.bias, extra.bias]),
+        )
         return model
 
     def leave(self, model: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """Pruning as a scope: the least important weights become zero, and stay zero through any optimizer.
 
-A scope of this file changes the weights it selects from, once, before the first step. Which weights may be pruned: those named
-by `layers`; else all convolution kernels (Liu et al., 2304.04934: head, biases and norm layers untouched); else, in a model
-without convolutions, all matrices but the last.
+A scope of this file changes the weights it selects from, once, before the first step. Which weights may be pruned:
+those named by `layers`; else all convolution kernels (Liu et al., 2304.04934: head, biases and norm layers
+untouched); else, in a model without convolutions, all matrices but the last.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Pruned(Scope):
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
-            raise BadSetting(f"expected rate in 0..1 (share of weights to prune, below 1), found {self.rate}; correct it")
+            raise BadSetting(
+                f"expected rate in 0..1 (share of weights to prune, below 1), found {self.rate}; correct it"
+            )
         if self.score not in ("magnitude", "synflow"):
             raise BadSetting(f"expected score to be 'magnitude' or 'synflow', found {self.score!r}; choose one")
 
@@ -54,7 +56,7 @@ class Pruned(Scope):
 
 def prunable(model: nn.Module, patterns: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
     """Names and weights that pruning may touch (see the module's text)."""
-    named = dict(model.named_parameters())
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}  # frozen weights stay as they are
     if patterns:
         found = {n: p for n, p in named.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
         if not found:
@@ -72,10 +74,11 @@ def prunable(model: nn.Module, patterns: tuple[str, ...] = ()) -> dict[str, nn.P
     return found
 
 
+@torch.no_grad()
 def synflow(workbench: Any, names: list[str], rate: float, rounds: int = 100) -> Mapping[str, Tensor]:
-    """Masks by SynFlow (Tanaka et al., 2020): R = sum of the outputs on an input of ones with every weight replaced by its
-    absolute value; the weights with the lowest |w dR/dw| go, round by round, until 1 - rate are left. No data is read but
-    the shape of one retain row. Double precision: R grows exponentially with depth."""
+    """Masks by SynFlow (Tanaka et al., 2020): R = sum of the outputs on an input of ones with every weight replaced
+    by its absolute value; the weights with the lowest |w dR/dw| go, round by round, until 1 - rate are left. No data
+    is read but the shape of one retain row. Double precision: R grows exponentially with depth."""
     model = copy.deepcopy(workbench.model).double().eval()
     named = dict(model.named_parameters())
     for p in named.values():
@@ -101,6 +104,8 @@ def synflow(workbench: Any, names: list[str], rate: float, rounds: int = 100) ->
     return masks
 
 
-def pruned(rate: float = 0.95, score: Literal["magnitude", "synflow"] = "magnitude", layers: tuple[str, ...] = ()) -> Scope:
+def pruned(
+    rate: float = 0.95, score: Literal["magnitude", "synflow"] = "magnitude", layers: tuple[str, ...] = ()
+) -> Scope:
     """Prune this share of the (hidden) weights before the first step and keep them at zero."""
     return Pruned(rate, score, tuple(layers))
