@@ -44,7 +44,10 @@ class Toy:
         total, count = 0.0, 0
         for batch in split.batches():
             with torch.no_grad():
-                a, b = task.forward(model.eval(), batch).prediction, task.forward(self.retrained.eval(), batch).prediction
+                a, b = (
+                    task.forward(model.eval(), batch).prediction,
+                    task.forward(self.retrained.eval(), batch).prediction,
+                )
             if task.name == "classification":
                 a, b = a.softmax(-1), b.softmax(-1)
             total += float((a - b).abs().reshape(len(batch), -1).sum(1).sum())
@@ -83,7 +86,9 @@ def toy(kind: str = "class", seed: int = 0) -> Toy:
         labels[bad] = (y[bad] + torch.randint(1, 10, (60,), generator=generator(seed, "wrong"))) % 10
         request, clean = requests.samples(bad.tolist()), y
         # memorising wrong labels takes a wider net and longer training
-        recipe = Training(epochs=100, batch_size=64, optimizer=Optimizer("sgd", lr=0.1, momentum=0.9, schedule="cosine"))
+        recipe = Training(
+            epochs=100, batch_size=64, optimizer=Optimizer("sgd", lr=0.1, momentum=0.9, schedule="cosine")
+        )
         build = lambda: mlp(64, (256, 128))  # noqa: E731
     else:
         raise ValueError(kind)

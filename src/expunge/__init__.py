@@ -1,10 +1,10 @@
 """Expunge changes what a trained model knows, and proves it.
 
-    from expunge import Case, Training, audit, requests, unlearn
+from expunge import Case, Training, audit, requests, unlearn
 
-    case = Case(model, data=(X, y), test=(X_test, y_test), request=requests.label(3), recipe=Training(epochs=30))
-    outcome = unlearn(case, "salun", density=0.5)
-    print(audit(case, outcome))
+case = Case(model, data=(X, y), test=(X_test, y_test), request=requests.label(3), recipe=Training(epochs=30))
+outcome = unlearn(case, "salun", density=0.5)
+print(audit(case, outcome))
 """
 
 from __future__ import annotations

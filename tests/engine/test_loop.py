@@ -45,7 +45,9 @@ def make_case(n: int = 40, forget: int = 11, **more) -> Case:
     x, y = torch.randn(n, 5, generator=g), torch.randint(0, 3, (n,), generator=g)
     xt, yt = torch.randn(20, 5, generator=g), torch.randint(0, 3, (20,), generator=g)
     torch.manual_seed(0)
-    return Case(build(), (x, y), requests.samples(range(forget)), test=(xt, yt), build=build, recipe=Training(epochs=3), **more)
+    return Case(
+        build(), (x, y), requests.samples(range(forget)), test=(xt, yt), build=build, recipe=Training(epochs=3), **more
+    )
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -81,7 +83,9 @@ def rows_per_update(plan: Plan, case: Case) -> list[dict[str, int]]:
     from expunge.engine.distribution import Distribution
     from expunge.engine.loop import Phase, Position, Trace
 
-    phase = Phase(plan, 0, Workbench(case, copy.deepcopy(case.model)), Position(), Trace(), None, None, Distribution(), None)
+    phase = Phase(
+        plan, 0, Workbench(case, copy.deepcopy(case.model)), Position(), Trace(), None, None, Distribution(), None
+    )
     return [{k: len(v) for k, v in u.items()} for u in phase._updates(0)]
 
 

@@ -12,14 +12,15 @@ import functools
 import pytest
 import torch
 from torch import nn
-from toys import Toy, toy
 
 from expunge import protect, requests, unlearn
 from expunge.engine import execute, fit
 from expunge.methods import methods
 from expunge.parts.plan import Plan
+from toys import Toy, toy
 
 SGD = {"lr": 0.02, "batch_size": 32}
+UNSIR = {"noise_rows": 64, "retain_rows": 500, "batch_size": 64, "impair_lr": 0.005, "repair_lr": 0.01}
 LAF = {"lr_unlearn": 1e-3, "lr_align": 1e-3, "tau": 5.0, "hidden": (64, 32), "density_epochs": 30}
 
 ROWS: dict[str, dict[str, dict]] = {
@@ -37,9 +38,9 @@ ROWS: dict[str, dict[str, dict]] = {
     "scrub": {"class": {"lr": 0.01, "epochs": 10, "msteps": 3, "retain_batch_size": 32}},
     "boundary_shrink": {"class": {"lr": 3e-4, "batch_size": 32}},
     "boundary_expand": {"class": {"lr": 1e-4, "batch_size": 32}},
-    "unsir": {"class": {"noise_rows": 64, "retain_rows": 500, "batch_size": 64, "impair_lr": 0.005, "repair_lr": 0.01}},
+    "unsir": {"class": UNSIR},
     "amnesiac_relabel": {"class": {"lr": 1e-3, "batch_size": 32}, "mislabelled": {"lr": 1e-3, "batch_size": 32}},
-    "l1_sparse": {"class": {"gamma": 4e-3, "lr": 0.02, "batch_size": 32}, "mislabelled": {"gamma": 4e-3, "lr": 0.02, "batch_size": 32}},
+    "l1_sparse": {"class": {"gamma": 4e-3, **SGD}, "mislabelled": {"gamma": 4e-3, **SGD}},
     "prune_first": {"mislabelled": {"rate": 0.8, "lr": 0.05, "batch_size": 32, "sparse_epochs": 20}},
     "laf": {"class": LAF},
     "laf_r": {"class": LAF},
@@ -52,7 +53,7 @@ ROWS: dict[str, dict[str, dict]] = {
     "sisa": {"class": {"prove": True}, "regression": {"prove": True}},
     "acu": {"class": {}, "regression": {}},
     "certified_removal": {"mislabelled": {}},
-    "amnesiac": {"mislabelled": {"repair_epochs": 2}},
+    "amnesiac": {"mislabelled": {"repair_epochs": 20, "lr": 0.05}},
 }  # fmt: skip
 """method -> toy -> settings that work on it (what a card calls "settings that worked and where")."""
 

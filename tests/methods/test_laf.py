@@ -14,7 +14,7 @@ from torch import nn
 from expunge import Case, Optimizer, Plan, TensorData, Term, Training, requests, unlearn
 from expunge.engine import Workbench, fit, run_plan
 from expunge.errors import BadModel
-from expunge.parts.layers import hidden_layers, last_linear, representation, width
+from expunge.parts.architecture import hidden_layers, last_linear, representation, width
 from expunge.parts.objectives import fit as fit_term
 from expunge.parts.objectives.density import VAE, align, atypical, bounded, contrast, normal_divergence, typical
 from expunge.parts.step import capturing

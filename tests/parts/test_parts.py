@@ -45,7 +45,6 @@ from expunge.parts import (
     steps,
     utility_floor,
 )
-from expunge.parts.adversaries import norm
 from expunge.parts.objectives import attention, npo_loss
 from expunge.parts.scopes import top_share
 from expunge.tasks import Batch, Classification, Output, Regression
@@ -252,11 +251,14 @@ def test_saliency_is_abs_of_the_sum_not_sum_of_abs():
     assert torch.allclose(torch.cat([s.reshape(-1) for s in score.values()]), total.abs(), atol=1e-6)
 
 
+SCOPES = [salient(0.3), random_weights(0.5), largest(0.2), layers("2.*"), last_layers(1), fisher_ratio(0.2)]
+
+
 @pytest.mark.parametrize("optimizer", [
     Optimizer("sgd", lr=0.1, momentum=0.9, weight_decay=0.1), Optimizer("adam", lr=0.01, weight_decay=0.1),
     Optimizer("adamw", lr=0.01, weight_decay=0.5),
 ])  # fmt: skip
-@pytest.mark.parametrize("scope", [salient(0.3), random_weights(0.5), largest(0.2), layers("2.*"), last_layers(1), fisher_ratio(0.2)])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_weights_outside_the_scope_stay_bit_for_bit(scope, optimizer):
     case = small_case()
     bench, _ = run(case, Plan(Term(fit(), "retain"), scope=scope, optimizer=optimizer, epochs=3, batch_size=8))
@@ -350,7 +352,9 @@ def test_smoothers_on_a_quadratic():
     ghat = g / g.norm()
     rng = torch.Generator().manual_seed(0)
     assert torch.allclose(sam(0.1).gradient(take, [x], rng)[0], a @ (x + 0.1 * ghat))
-    assert torch.allclose(gradient_penalty(0.2, 0.01).gradient(take, [x], rng)[0], g + 0.2 * (a @ ghat))  # d||g||/dx = A ghat
+    assert torch.allclose(
+        gradient_penalty(0.2, 0.01).gradient(take, [x], rng)[0], g + 0.2 * (a @ ghat)
+    )  # d||g||/dx = A ghat
     assert torch.allclose(gradient_penalty(0.1, 0.1).gradient(take, [x], rng)[0], sam(0.1).gradient(take, [x], rng)[0])
     # on a quadratic the gradient changes by the constant mu A ghat along the fixed direction: no curvature term
     assert torch.allclose(curvature(0.5).gradient(take, [x], rng)[0], g, atol=1e-9)
@@ -448,7 +452,9 @@ def test_a_constant_term_is_a_warning():
 
 
 def test_formula_reads_like_one():
-    plan = Plan(Term(npo(0.5)), Term(fit(), "retain", 2.0), scope=salient(0.5), adversary=sam(), balance=project(), epochs=3)
+    plan = Plan(
+        Term(npo(0.5)), Term(fit(), "retain", 2.0), scope=salient(0.5), adversary=sam(), balance=project(), epochs=3
+    )
     assert str(plan) == (
         "min npo(β=0.5)[forget] + 2·loss[retain] over salient(0.5) balanced by project(retain) against sam(ρ=0.01) "
         "by sgd(lr=0.01) for 3 epochs"

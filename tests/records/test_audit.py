@@ -6,16 +6,16 @@ import json
 
 import numpy as np
 import pytest
-from toys import toy
 
 from expunge import Optimizer, Plan, Term, unlearn
-from expunge.audits.attacks.shadow import rmia
 from expunge.audits.attacks.membership import auc
+from expunge.audits.attacks.shadow import rmia
 from expunge.errors import BadSetting, MissingGold
 from expunge.parts import fit
 from expunge.records.audit import Auditor
 from expunge.records.certificate import verify
 from expunge.records.shadows import reference_ensembles
+from toys import toy
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,18 @@ def test_salun_is_measured_against_the_gold_and_saved(auditor, tmp_path):
     assert found is not None and 0 <= found.unlearned < 5 < found.original
     assert "salient(0.5)" in audit.results.method.formula
     folder = audit.save(tmp_path / "run")
-    assert verify(folder / "certificate.json", weights=folder / "model", results=folder / "results.json").signature_valid
+    assert verify(
+        folder / "certificate.json", weights=folder / "model", results=folder / "results.json"
+    ).signature_valid
     page = (folder / "report.html").read_text()
     assert "salun" in page and "benign" in page
     written = json.loads((folder / "results.json").read_text())
-    assert {a["check"] for a in written["attacks"]} >= {"benign_relearning", "relearning", "quantisation_4", "membership"}
+    assert {a["check"] for a in written["attacks"]} >= {
+        "benign_relearning",
+        "relearning",
+        "quantisation_4",
+        "membership",
+    }
 
 
 def test_references_are_attacked_once_for_many_methods(auditor, monkeypatch):
@@ -48,7 +55,9 @@ def test_references_are_attacked_once_for_many_methods(auditor, monkeypatch):
     auditor.audit(unlearn(auditor.case, "fine_tune", epochs=1))
     calls = []
     original = BenignRelearning.run
-    monkeypatch.setattr(BenignRelearning, "run", lambda self, model, *a: calls.append(model) or original(self, model, *a))
+    monkeypatch.setattr(
+        BenignRelearning, "run", lambda self, model, *a: calls.append(model) or original(self, model, *a)
+    )
     outcome = unlearn(auditor.case, "fine_tune", epochs=2)
     auditor.audit(outcome)
     assert calls == [outcome.model]
@@ -82,12 +91,15 @@ def test_u_lira_has_power_on_the_original_and_none_on_the_retrained(ensembles):
     assert found["u_lira_auc"].original > 0.6
     assert abs(found["u_lira_auc"].unlearned - 0.5) < 0.05
     klom = next(m for name, m in found.items() if "klom" in name and m.split == "forget" and "95" in name)
-    assert klom.original >= 1.3 * klom.unlearned  # the card's factor 5 is at N = 100; with N = 10 the floor itself is high
+    assert (
+        klom.original >= 1.3 * klom.unlearned
+    )  # the card's factor 5 is at N = 100; with N = 10 the floor itself is high
 
 
 def test_rmia_has_power_on_the_original_and_none_on_the_retrained(ensembles):
     case = toy("mislabelled").case
-    references = {s: ensembles["retrained"].signals(case.split(s), "confidence").numpy()[:4] for s in ("forget", "holdout", "test")}
+    known = ensembles["retrained"]
+    references = {s: known.signals(case.split(s), "confidence").numpy()[:4] for s in ("forget", "holdout", "test")}
 
     def area(which: str) -> float:
         areas = []

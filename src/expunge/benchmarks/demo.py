@@ -48,7 +48,9 @@ def run(folder: str | Path = "runs/demo", quick: bool = False, report: Report | 
     found: dict[str, Comparison] = {}
     for name, case in cases.items():
         methods = dict(list(METHODS[name].items())[:: 3 if quick else 1])
-        auditor = Auditor(case, seed=0, report=lambda text, done, total, name=name: tell(f"{name}: {text}", done, total))
+        auditor = Auditor(
+            case, seed=0, report=lambda text, done, total, name=name: tell(f"{name}: {text}", done, total)
+        )
         audits: list[Audit] = []
         for number, (method, settings) in enumerate(methods.items()):
             tell(f"{name}: {method}", number, len(methods))

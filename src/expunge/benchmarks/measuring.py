@@ -121,7 +121,9 @@ def publish(name: str, command: str, seconds: float, body: str, out: str | None)
 def options(name: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of a bench: its own module's text, and where the table goes."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m expunge.benchmarks.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m expunge.benchmarks.{name}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", default="benchmarks-results", help="folder of the written table; '' prints only")
     return parser

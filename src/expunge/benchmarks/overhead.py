@@ -56,7 +56,9 @@ def setup(kind: str, rows: int, epochs: int, device: str = "cpu") -> tuple[Case,
     else:
         x, y, _, _ = digits(rows)
         x, told, build, batch = x.flatten(1), "digits", digit_mlp, 64
-    recipe = Training(epochs=epochs, batch_size=batch, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=5e-4))
+    recipe = Training(
+        epochs=epochs, batch_size=batch, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=5e-4)
+    )
     data = TensorData(inputs=x.to(device), labels=y.to(device))
     return Case(build().to(device), data, requests.samples([0]), recipe=recipe, build=build), told
 
@@ -126,7 +128,9 @@ def memory(kind: str, rows: int, epochs: int, repeats: int = 3) -> dict[str, Any
     """Peak memory of both, each in processes of its own (the least of `repeats`), and of one that only builds the case."""
     shared = ("--kind", kind, "--rows", str(rows), "--epochs", str(epochs))
     peak = {
-        side: min(in_process(f"expunge.benchmarks.{NAME}", "--worker", side, *shared)["peak_mb"] for _ in range(repeats))
+        side: min(
+            in_process(f"expunge.benchmarks.{NAME}", "--worker", side, *shared)["peak_mb"] for _ in range(repeats)
+        )
         for side in ("idle", "hand", "loop")
     }
     return {
@@ -142,7 +146,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=1280)
     parser.add_argument("--epochs", type=int, default=2, help="of resnet8; the mlp runs ten times as many")
-    parser.add_argument("--worker", choices=("idle", "hand", "loop"), help="internal: run one side, print its peak memory")
+    parser.add_argument(
+        "--worker", choices=("idle", "hand", "loop"), help="internal: run one side, print its peak memory"
+    )
     parser.add_argument("--kind", default="resnet8", help="internal: the model of a worker")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.cases import Case, TensorData, requests
+from expunge.cases.datasets import lastfm, mlp
 from expunge.cases.loading import load_data
 from expunge.engine import fit
 from expunge.parts.plan import Optimizer, Training
@@ -42,9 +43,7 @@ class ResNet8(nn.Module):
     def __init__(self, width: int = 12, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.stages = nn.Sequential(
-            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
-        )
+        self.stages = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
         self.classifier = nn.Linear(4 * width, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -67,15 +66,6 @@ class Block(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return (self.body(inputs) + self.side(inputs)).relu()
-
-
-def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Linear layers with ReLU between."""
-    sizes = [inputs, *hidden]
-    layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 
 def digits(train: int = 600) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,7 +99,9 @@ def digits_cases(seed: int = 0, train: int = 600, wrong: int = 60, which: str = 
     labels, rows = with_wrong_labels(y, wrong if which != "class" else 0, 10)
     data = TensorData(inputs=x, labels=labels, clean_labels=y)
     test = TensorData(inputs=x_test, labels=y_test)
-    case = Case(DigitsNet(), data, requests.label(3), test=test, recipe=DIGITS_RECIPE, build=DigitsNet, name="digits-class")
+    case = Case(
+        DigitsNet(), data, requests.label(3), test=test, recipe=DIGITS_RECIPE, build=DigitsNet, name="digits-class"
+    )
     case = case.with_(model=fit(case, "train", seed))
     cases = {"class": case}
     if which != "class":
@@ -170,7 +162,9 @@ def diabetes_case(seed: int = 0) -> Case:
     return regression_case("diabetes", inputs, targets, 340, 8.0, seed)
 
 
-def regression_case(name: str, inputs: Tensor, targets: Tensor, train: int, below: float, seed: int, epochs: int = 40) -> Case:
+def regression_case(
+    name: str, inputs: Tensor, targets: Tensor, train: int, below: float, seed: int, epochs: int = 40
+) -> Case:
     """Forget a range of targets from an MLP regressor (d-64-64-1, L1 loss, Adam 3e-3)."""
     build = partial(mlp, inputs.shape[1], (64, 64), 1)
     recipe = Training(epochs=epochs, batch_size=32, optimizer=Optimizer("adam", lr=3e-3))
@@ -178,3 +172,24 @@ def regression_case(name: str, inputs: Tensor, targets: Tensor, train: int, belo
                 test=TensorData(inputs=inputs[train:], labels=targets[train:]), task=Regression(error="l1"), recipe=recipe,
                 build=build, name=name)  # fmt: skip
     return case.with_(model=fit(case, "train", seed))
+
+
+def lastfm_case(seed: int = 0, train: int = 1500, test: int = 800) -> Case:
+    """HetRec Last.fm: how often a user played an artist, log(1 + plays); forget the rarely played (the lowest fifth or so).
+
+    Four inputs, each without the row itself: the user's and the artist's mean log plays over the other rows, and how many rows
+    each has (log). The rows are real; a table that two columns of ids would need embeddings for becomes one for an MLP.
+    """
+    table = lastfm().train
+    user, artist = table.column("inputs").T
+    plays = table.column("labels")
+    columns = []
+    for who in (user, artist):
+        count = torch.zeros(int(who.max()) + 1).index_add_(0, who, torch.ones(len(who)))[who]
+        total = torch.zeros(int(who.max()) + 1).index_add_(0, who, plays)[who]
+        others = (total - plays) / (count - 1).clamp_min(1)
+        columns += [torch.where(count > 1, others, plays.mean()), count.log()]
+    inputs = torch.stack(columns, 1)
+    inputs = (inputs - inputs.mean(0)) / inputs.std(0)
+    rows = torch.randperm(len(plays), generator=generator(0, "lastfm"))[: train + test]
+    return regression_case("lastfm", inputs[rows], plays[rows], train, 4.0, seed, epochs=40)

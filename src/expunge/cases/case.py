@@ -16,7 +16,8 @@ from expunge.cases.data import Data, Split, as_data, check_finite
 from expunge.errors import BadData, BadModel, BadRequest, nearest
 from expunge.seeds import derive
 from expunge.seeds import generator as make_generator
-from expunge.tasks import Task, task as make_task
+from expunge.tasks import Task
+from expunge.tasks import task as make_task
 
 if TYPE_CHECKING:
     from expunge.parts.plan import Training
@@ -153,7 +154,9 @@ class Case:
         if name in self.splits:
             return self.splits[name]
         if name in SPLITS:
-            raise BadData(f"expected the case to have a '{name}' split, found none; pass Case(..., {name}=data never seen)")
+            raise BadData(
+                f"expected the case to have a '{name}' split, found none; pass Case(..., {name}=data never seen)"
+            )
         raise BadData(f"expected a split, one of {', '.join(SPLITS)}, found '{name}'.{nearest(name, SPLITS)}")
 
     def with_(self, **changes: Any) -> Case:
@@ -192,14 +195,14 @@ def reset_copy(model: nn.Module) -> nn.Module:
     fresh = copy.deepcopy(model)
     covered: set[int] = set()
     if hasattr(fresh, "_init_weights") and hasattr(fresh, "init_weights") and hasattr(fresh, "config"):
-        return type(model)(copy.deepcopy(model.config))  # a transformers model initialises itself from its config
+        return type(model)(copy.deepcopy(model.config))  # type: ignore[call-arg]  # a transformers model initialises itself from its config
     for module in fresh.modules():
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
             reset()
             covered |= {id(p) for p in module.parameters(recurse=True)}
         if hasattr(module, "reset_running_stats"):
-            module.reset_running_stats()
+            module.reset_running_stats()  # type: ignore[operator]
     left = [name for name, p in fresh.named_parameters() if id(p) not in covered]
     if left:
         raise BadModel(

@@ -148,7 +148,10 @@ class MapData(Data):
     def load(self, batch_size: int = 1024) -> TensorData:
         """Everything in memory: one read now instead of one per epoch."""
         batches = [self.fetch(ids).columns for ids in torch.arange(len(self)).split(batch_size)]
-        return TensorData(**{k: torch.cat([b[k] for b in batches]) for k in batches[0] if isinstance(batches[0][k], Tensor)})
+        columns: dict[str, Any] = {
+            k: torch.cat([b[k] for b in batches]) for k in batches[0] if isinstance(batches[0][k], Tensor)
+        }
+        return TensorData(**columns)
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,9 @@ def _tensor(value: Any, name: str) -> Tensor:
             array = array.astype(np.float32)  # models are float32 unless the caller passes float64 tensors
         return torch.from_numpy(np.ascontiguousarray(array))
     except (TypeError, ValueError) as error:
-        raise BadData(f"expected column '{name}' as numbers, found {type(value).__name__}; convert it to a tensor") from error
+        raise BadData(
+            f"expected column '{name}' as numbers, found {type(value).__name__}; convert it to a tensor"
+        ) from error
 
 
 def _default_columns(example: Any) -> Mapping[str, Any]:

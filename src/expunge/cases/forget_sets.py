@@ -100,7 +100,7 @@ def partly_identified(request: Request, data: Any, fraction: float, seed: int = 
 def losses(data: Any, model: nn.Module, task: str | Task = "classification", batch_size: int = 512) -> Tensor:
     """(N,) the model's loss on every row, in eval mode, float64 on the CPU."""
     kind, table = make_task(task), as_data(data)
-    found = []
+    found: list[Tensor] = []
     with evaluating(model):
         for batch in Split("train", table, torch.arange(len(table))).batches(batch_size):
             batch = move_to_model(kind.prepare(batch, generator(0, "forget_sets", "losses", len(found))), model)

@@ -1,9 +1,9 @@
 """What must go: a request names rows, and what "of the forget kind" means on data never seen.
 
-    samples([3, 14, 15])            these rows
-    label(3)                        a whole class
-    where("age", "<=", 30)          a predicate over a column
-    none()                          nothing (for tests: a request that must change nothing)
+samples([3, 14, 15])            these rows
+label(3)                        a whole class
+where("age", "<=", 30)          a predicate over a column
+none()                          nothing (for tests: a request that must change nothing)
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from torch import Tensor
 from expunge.cases.data import Data
 from expunge.errors import BadRequest, nearest
 
-OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+OPERATORS = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,12 @@ class Samples(Request):
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(",".join(map(str, sorted(self.ids))).encode()).hexdigest()
-        return {"kind": "samples", "summary": f"{len(self.ids)} rows by id", "count": len(self.ids), "ids_digest": digest}
+        return {
+            "kind": "samples",
+            "summary": f"{len(self.ids)} rows by id",
+            "count": len(self.ids),
+            "ids_digest": digest,
+        }
 
 
 @dataclass(frozen=True)

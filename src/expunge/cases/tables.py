@@ -68,7 +68,7 @@ def as_table(columns: dict[str, list[Any] | Tensor], inputs: str | None, labels:
             )
         table = {"inputs": torch.stack([v.to(torch.float32) for v in flat.values()], 1), **table}
     if all(isinstance(values, Tensor) for values in table.values()):
-        return TensorData(**table)
+        return TensorData(**table)  # type: ignore[arg-type]
     rows = len(next(iter(table.values())))
     return MapData([{name: values[i] for name, values in table.items()} for i in range(rows)])
 

@@ -17,7 +17,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     """A Hugging Face model in its own format; any other module as model.safetensors, written whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
         return
     from safetensors.torch import save
 

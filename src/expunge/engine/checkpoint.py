@@ -116,10 +116,13 @@ class Checkpointer:
         if meta.get("format") != FORMAT:
             raise BadCheckpoint(f"expected the format {FORMAT}, found {meta.get('format')}; {advice}")
         if meta["digest"] != digest_weights(tensors):
-            raise BadCheckpoint(f"expected the checkpoint's content to match its digest, found that it does not; {advice}")
+            raise BadCheckpoint(
+                f"expected the checkpoint's content to match its digest, found that it does not; {advice}"
+            )
         if meta["identity"] != self.identity:
             raise BadCheckpoint(
-                "expected a checkpoint of this very run (same case, method, settings and seed), found one of another; " + advice
+                "expected a checkpoint of this very run (same case, method, settings and seed), found one of another; "
+                + advice
             )
         return Resumed(
             Position(**json.loads(meta["position"])), json.loads(meta["history"]), tensors,

@@ -30,7 +30,10 @@ class Distribution:
 
         return cls(
             Accelerator(
-                cpu=device == "cpu", mixed_precision=mixed_precision or "no", log_with=trackers or None, project_dir=folder
+                cpu=device == "cpu",
+                mixed_precision=mixed_precision or "no",
+                log_with=trackers or None,
+                project_dir=folder,
             )
         )
 
@@ -71,5 +74,7 @@ class Distribution:
         """The global mean of a local batch mean."""
         if self.count == 1:
             return value
-        local = torch.tensor(value * weight, device=self.device, dtype=torch.float64 if self.device.type == "cpu" else None)
+        local = torch.tensor(
+            value * weight, device=self.device, dtype=torch.float64 if self.device.type == "cpu" else None
+        )
         return float(self.accelerator.reduce(local, reduction="mean"))

@@ -103,14 +103,18 @@ def execute(
                 "use expunge.protect(case, method) to train a model with it"
             )
         else:
-            raise BadSetting(f"expected a Plan, Edit, Guard, Exact or Protection, found {type(action).__name__}; return one")
+            raise BadSetting(
+                f"expected a Plan, Edit, Guard, Exact or Protection, found {type(action).__name__}; return one"
+            )
     finally:
         torch.random.set_rng_state(threads_state)
         if trackers and distribution.accelerator is not None:
             distribution.accelerator.end_training()
     seconds = time.perf_counter() - start
     if isinstance(action, Exact) and action.proof is not None and trace.ended != "nothing to forget":
-        proof = action.proof(bench, bench.model)  # after the clock: a proof may retrain, and is no part of the method's cost
+        proof = action.proof(
+            bench, bench.model
+        )  # after the clock: a proof may retrain, and is no part of the method's cost
     result = bench.model.to(home)
     changed = changed_fraction(case.model, result) if not in_place else float("nan")
     if changed == 0 and len(case.split("forget")) and not isinstance(action, Guard):
@@ -165,7 +169,7 @@ def fit(
     `expunge_train(case, split, seed) -> nn.Module`, which is asked instead of the recipe."""
     rows = case.split(split) if isinstance(split, str) else split
     if model is None and recipe is None and callable(getattr(case.model, "expunge_train", None)):
-        return case.model.expunge_train(case, rows, seed)
+        return case.model.expunge_train(case, rows, seed)  # type: ignore[operator]
     recipe = recipe or case.recipe
     if recipe is None:
         raise UnmetNeed(
@@ -187,7 +191,8 @@ def weights_digest(model: nn.Module) -> str:
 
 def run_identity(case: Case, config: dict[str, Any]) -> str:
     """What makes two runs the same: case, weights before, method with settings, seed."""
-    text = json.dumps({"case": case.describe(), "weights": weights_digest(case.model), "config": config}, sort_keys=True, default=str)
+    about = {"case": case.describe(), "weights": weights_digest(case.model), "config": config}
+    text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

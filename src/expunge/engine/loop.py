@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,7 @@ def run_plan(
 ) -> Trace:
     """Run a plan in place on `workbench.model`. stop: asked beside the plan's own. Returns the trace."""
     phases = plan.phases or (plan,)
+    last = max((i for i, p in enumerate(phases) if p.trains == "model"), default=-1)
     trace = Trace()
     position, resumed = Position(), None
     if checkpointer is not None:
@@ -98,7 +100,11 @@ def run_plan(
             position = Position(phase=number, step=position.step)
         if resumed is not None and number == resumed.position.phase:
             resumed.restore_entry(phase, workbench)
-        runner = Phase(phase, number, workbench, position, trace, stop, checkpointer, distribution or Distribution(), log)
+        # A phase may harm on purpose what the next one repairs (UNSIR), so only the last one answers for the outcome.
+        asked = stop if number == last else None
+        runner = Phase(
+            phase, number, workbench, position, trace, asked, checkpointer, distribution or Distribution(), log
+        )
         halted = runner.run(resumed if resumed is not None and resumed.position.phase == number else None)
         resumed = None
         _freeze(phase, workbench)
@@ -140,6 +146,11 @@ class Phase:
         )
         self.splits = self._splits()
         self.labels = _labels(plan.terms)
+        self.active_of: tuple[int, list[int]] = (-1, [])
+        self.layers = {
+            name: tuple(sorted({layer for t in plan.terms if t.on == name for layer in t.objective.layers}))
+            for name in plan.splits
+        }
         self._measured: dict[tuple[str, str], float] = {}
         self._original: dict[tuple[str, str], float] = {}
         self.resumed_mean: list[Tensor] = []
@@ -170,6 +181,7 @@ class Phase:
         scope = plan.scope or Everything()
         self.scope = scope
         self.flags = [(p, p.requires_grad) for p in self.network.parameters()]
+        frozen = [n for n, p in self.network.named_parameters() if not p.requires_grad]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "scope"))
             self.trained = scope.enter(self.network)
@@ -184,6 +196,7 @@ class Phase:
             bench.model = saved
         if mask is None:
             mask = {n: p.requires_grad for n, p in self.trained.named_parameters()}
+        mask = {n: m for n, m in mask.items() if n not in frozen}  # a scope never thaws what the caller froze
         live = sum(int(m.sum()) if isinstance(m, Tensor) else m * p.numel() for m, p in _pairs(mask, self.trained))
         total = sum(p.numel() for p in self.trained.parameters())
         bench.note("live_weights_fraction", live / max(total, 1))
@@ -217,7 +230,13 @@ class Phase:
 
     # -- rhythm ----------------------------------------------------------------------------------------------------
     def _active(self, epoch: int) -> list[int]:
-        return [i for i, t in enumerate(self.plan.terms) if self._weight(i, epoch) != 0 or isinstance(t.schedule, Multiplier)]
+        """Terms with a weight this epoch; which these are does not change within it, so it is worked out once."""
+        if self.active_of[0] != epoch:
+            terms = enumerate(self.plan.terms)
+            self.active_of = (
+                epoch, [i for i, t in terms if self._weight(i, epoch) != 0 or isinstance(t.schedule, Multiplier)],
+            )  # fmt: skip
+        return self.active_of[1]
 
     def _weight(self, i: int, epoch: int) -> float:
         schedule = self.plan.terms[i].schedule
@@ -236,7 +255,9 @@ class Phase:
         names = [n for n in active if len(self.splits[n])]
 
         def order(name: str, lap: int = 0) -> list[Tensor]:
-            return self._whole(self.splits[name].order(generator(self.seed, "order", epoch, name, lap), self._size(name)))
+            return self._whole(
+                self.splits[name].order(generator(self.seed, "order", epoch, name, lap), self._size(name))
+            )
 
         if not names:
             return []
@@ -299,7 +320,9 @@ class Phase:
 
     def _epochs(self) -> Halt | None:
         position, plan = self.position, self.plan
-        self.mean = [torch.zeros_like(p) for p in self.optimizers[0].parameters] if plan.average and self.optimizers else []
+        self.mean = (
+            [torch.zeros_like(p) for p in self.optimizers[0].parameters] if plan.average and self.optimizers else []
+        )
         for mean, saved in zip(self.mean, self.resumed_mean, strict=False):
             mean.copy_(saved)
         self.best: dict[str, Tensor] | None = self.resumed_best
@@ -325,7 +348,7 @@ class Phase:
             if halt is not None:
                 return self._halted(halt)
             if self.stop.keeps_best and self.trained_name == "model":
-                self.best = self._snapshot()
+                self.best = self._snapshot(self.best)
             if plan.rewind is not None:
                 self.kept.append(self._snapshot())
                 position.kept_values.append(self._measure("forget", plan.rewind.key))
@@ -345,7 +368,9 @@ class Phase:
 
     def _ask(self, question: Callable[[Progress], Halt | None]) -> Halt | None:
         losses = self.trace.history[-1]["losses"] if self.trace.history else {}
-        return question(Progress(self.position.step, self.position.epoch, losses, self._measure, self._measure_original))
+        return question(
+            Progress(self.position.step, self.position.epoch, losses, self._measure, self._measure_original)
+        )
 
     def _halted(self, halt: Halt) -> Halt:
         if halt.rollback and self.trained_name == "model":
@@ -353,8 +378,14 @@ class Phase:
             self.bench.warn(halt.warning, Diverged if "loss of" in halt.reason else CollapsedUtility)
         return halt
 
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {k: v.detach().to("cpu", copy=True) for k, v in self.trained.state_dict().items()}
+    def _snapshot(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """A copy of the state on the CPU; into: an earlier snapshot whose memory is used again."""
+        state = {k: v.detach() for k, v in self.trained.state_dict().items()}
+        if into is None:
+            return {k: v.to("cpu", copy=True) for k, v in state.items()}
+        for name, value in state.items():
+            into[name].copy_(value)
+        return into
 
     def _measure(self, split: str, key: str) -> float:
         """A measurement of the model as it is now, over at most 1,000 rows of the split."""
@@ -378,12 +409,13 @@ class Phase:
     # -- one update ------------------------------------------------------------------------------------------------
     def _one(self, update: Update, updates_per_epoch: int) -> Halt | None:
         epoch, entry = self.position.epoch, {}
-        torch.manual_seed(derive(self.seed, "step", epoch, self.position.update))
+        _seed_draws(derive(self.seed, "step", epoch, self.position.update), self.bench.device)
         share = {n: len(ids) for n, ids in update.items()}
         weights = self.distribution.local_weights(share)
         local = {n: self.distribution.mine(ids) for n, ids in update.items()}
+        active = self._active(epoch)
         for number, (terms, optimizer) in enumerate(zip(self.moves, self.optimizers, strict=True)):
-            chosen = [i for i in terms if self.plan.terms[i].on in update and i in self._active(epoch)]
+            chosen = [i for i in terms if self.plan.terms[i].on in update and i in active]
             if not chosen:
                 continue
             steps = self._steps(local, updates_per_epoch)
@@ -391,6 +423,7 @@ class Phase:
             losses = self._gradients(chosen, steps, optimizer, weights, share)
             optimizer.epoch = epoch
             optimizer.step()
+            _let_go(steps)
             if self.plan.proximal is not None:
                 progress = (epoch + (self.position.update + 1) / updates_per_epoch) / self.plan.epochs
                 self.plan.proximal.apply(optimizer.parameters, self.anchors[number], progress)
@@ -429,10 +462,9 @@ class Phase:
             if split.augment is not None:
                 batch = split.augment(batch, rng)
             batch = self.bench.task.prepare(batch, rng)
-            layers = sorted({layer for t in self.plan.terms if t.on == name for layer in t.objective.layers})
             steps[name] = Step(
                 self.trained, self.bench.task, batch, self.bench.references, rng, name, self.position.epoch,
-                done / total, tuple(layers), self.networks,
+                done / total, self.layers[name], self.networks,
             )  # fmt: skip
         joint = Joint(list(steps.values())) if self.plan.rhythm == "mixed" and len(steps) > 1 else None
         for step in steps.values():
@@ -461,7 +493,10 @@ class Phase:
                 attacked = [i for i in chosen if terms[i].on == adversary.on]
                 if attacked:
                     step = steps[adversary.on]
-                    objective = lambda s, ii=attacked: sum(factor[i] * self._value(i, s).mean() for i in ii)  # noqa: E731
+
+                    def objective(s: Step, which: list[int] = attacked) -> Tensor:
+                        return torch.stack([factor[i] * self._value(i, s).mean() for i in which]).sum()
+
                     clean = step.batch
                     step = step.again()
                     step.batch = adversary.inputs(step, objective)
@@ -496,6 +531,8 @@ class Phase:
                 if not parameters or not isinstance(value, Tensor) or not value.requires_grad:
                     return [torch.zeros_like(p) for p in parameters]
                 found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=not again)
+                if again:
+                    _let_go(fresh)
                 gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
                 self.distribution.reduce(gradients)
                 return gradients
@@ -511,7 +548,7 @@ class Phase:
                     )
                 if attackers:
                     rng = generator(self.seed, "adversary", self.position.epoch, self.position.update)
-                    rows_of.append(attackers[0].gradient(lambda w=which: take(w, True), list(parameters), rng))
+                    rows_of.append(attackers[0].gradient(partial(take, which, True), list(parameters), rng))
                 else:
                     rows_of.append(take(which, False))
             if self.plan.balance is None:
@@ -559,6 +596,21 @@ def _labels(terms: tuple[Term, ...]) -> list[str]:
     return labels
 
 
+def _seed_draws(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` for the device in use: before CUDA is initialised that function formats a stack trace at every call,
+    which costs more than an update of a small network."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def _let_go(steps: dict[str, Step]) -> None:
+    """Steps know each other; without this their batches and outputs would stay in memory until Python looks for cycles."""
+    for step in steps.values():
+        step.peers, step.joint = {}, None
+
+
 def _auxiliary(plan: Plan, workbench: Workbench) -> nn.Module:
     """The network that a phase trains; an auxiliary one is built on first use."""
     if isinstance(plan.trains, str):
@@ -595,4 +647,3 @@ def _has_batch_norm(model: nn.Module) -> bool:
 def _pairs(mask: dict[str, Any], model: nn.Module) -> Iterator[tuple[Any, Tensor]]:
     for name, p in model.named_parameters():
         yield mask.get(name, False), p
-

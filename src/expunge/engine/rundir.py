@@ -25,7 +25,17 @@ from expunge.cases.weights import save_model
 from expunge.errors import DiskFull, RunBusy
 from expunge.files import write_atomic
 
-LIBRARIES = ("torch", "numpy", "accelerate", "transformers", "datasets", "peft", "torchjd", "scikit-learn", "safetensors")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "accelerate",
+    "transformers",
+    "datasets",
+    "peft",
+    "torchjd",
+    "scikit-learn",
+    "safetensors",
+)
 
 
 def versions() -> dict[str, str]:
@@ -60,7 +70,7 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until exit)
+        self._lock = open(self.path / ".lock", "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

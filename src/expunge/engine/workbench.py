@@ -67,7 +67,11 @@ class Workbench:
     ) -> Iterator[Batch]:
         """Batches of a split on the device, in order or in one shuffled order of the workbench's seed; no augmentation."""
         rows = self.splits[split] if isinstance(split, str) else split
-        source = rows.shuffled(generator(self.seed, purpose, rows.name), batch_size) if shuffled else rows.batches(batch_size)
+        source = (
+            rows.shuffled(generator(self.seed, purpose, rows.name), batch_size)
+            if shuffled
+            else rows.batches(batch_size)
+        )
         for batch in source:
             yield self.fill(batch)
 

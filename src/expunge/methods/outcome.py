@@ -64,7 +64,9 @@ def resolve(which: MethodLike, **settings: Any) -> tuple[Configured | None, Acti
         return which, None
     if isinstance(which, (Plan, Edit, Guard, Exact, Protection)):
         return None, which
-    raise BadSetting(f"expected a method's name, a configured method or a Plan, found {type(which).__name__}; pass one of these")
+    raise BadSetting(
+        f"expected a method's name, a configured method or a Plan, found {type(which).__name__}; pass one of these"
+    )
 
 
 def unlearn(
@@ -118,7 +120,12 @@ def unlearn(
             state=state, report=report,
         )  # fmt: skip
         return Outcome(
-            result.model, _record(case, configured, action, config, result), configured, case, result.state, result.proof,
+            result.model,
+            _record(case, configured, action, config, result),
+            configured,
+            case,
+            result.state,
+            result.proof,
             action,
         )
 
@@ -160,7 +167,9 @@ def protect(case: Case, method: str, *, seed: int = 0, **settings: Any) -> nn.Mo
     return found.learn(case, seed=seed, **found.configure(**settings).values)
 
 
-def _record(case: Case, configured: Configured | None, action: Action, config: dict[str, Any], result: Result) -> dict[str, Any]:
+def _record(
+    case: Case, configured: Configured | None, action: Action, config: dict[str, Any], result: Result
+) -> dict[str, Any]:
     about = configured.method if configured else None
     return {
         "case": case.describe(),

@@ -97,7 +97,9 @@ class Method:
             )
         trained_for = getattr(case.model, "expunge_protection", "")
         if "protection" in self.needs and trained_for not in ("", self.name):
-            found.append(f"{self.name} needs a model trained for it, and this one was trained for {trained_for}; use that method")
+            found.append(
+                f"{self.name} needs a model trained for it, and this one was trained for {trained_for}; use that method"
+            )
         for need in self.needs:
             check, why = NEEDS[need]
             if not check(case):
@@ -136,7 +138,10 @@ NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
         "labels; give the data a labels column, or choose a label-free method (laf, lfssd)",
     ),
     "recipe": (lambda c: c.recipe is not None, "the training recipe; pass Case(recipe=Training(...))"),
-    "holdout": (lambda c: "holdout" in c.splits, "unseen data of the forget kind; pass Case(holdout=...) or Case(test=...)"),
+    "holdout": (
+        lambda c: "holdout" in c.splits,
+        "unseen data of the forget kind; pass Case(holdout=...) or Case(test=...)",
+    ),
     "class_request": (
         lambda c: c.request.describe().get("kind") in ("class", "none"),
         "a request for whole classes; use requests.label(c), or choose a method for samples",
@@ -165,7 +170,12 @@ def method(
 ) -> Callable[[Callable[..., Action]], Callable[..., Action]]:
     """Register a function of settings as a method under its own name. learn: for methods that act at training time, a
     function (case, seed, **settings) -> trained nn.Module, reached by `expunge.protect`."""
-    for value, known, what in ((family, FAMILIES, "family"), (intention, INTENTIONS, "intention"), (guarantee, GUARANTEES, "guarantee")):
+    declared = (
+        (family, FAMILIES, "family"),
+        (intention, INTENTIONS, "intention"),
+        (guarantee, GUARANTEES, "guarantee"),
+    )
+    for value, known, what in declared:
         if value not in known:
             raise BadSetting(f"expected a {what}, one of {', '.join(known)}, found {value!r}; use one of them")
     for need in needs:

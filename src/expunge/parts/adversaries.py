@@ -149,7 +149,8 @@ class Curvature(Adversary):
             beyond = take()
         change = self.lam / self.eps
         return [
-            a + change * ((far - near) - (side - a)) for a, near, side, far in zip(g, ahead, beside, beyond, strict=True)
+            a + change * ((far - near) - (side - a))
+            for a, near, side, far in zip(g, ahead, beside, beyond, strict=True)
         ]
 
     def __str__(self) -> str:

@@ -64,9 +64,13 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
-            raise BadSetting(f"expected an optimizer, one of {', '.join(OPTIMIZERS)}, found {self.name!r}; use one of them")
+            raise BadSetting(
+                f"expected an optimizer, one of {', '.join(OPTIMIZERS)}, found {self.name!r}; use one of them"
+            )
         if self.schedule not in SCHEDULES:
-            raise BadSetting(f"expected a schedule, one of {', '.join(SCHEDULES)}, found {self.schedule!r}; use one of them")
+            raise BadSetting(
+                f"expected a schedule, one of {', '.join(SCHEDULES)}, found {self.schedule!r}; use one of them"
+            )
         if not self.lr >= 0:
             raise BadSetting(f"expected lr >= 0, found {self.lr}; use a positive step size")
 
@@ -149,7 +153,9 @@ class Plan:
         known = set(self.__dataclass_fields__)
         unknown = set(settings) - known
         if unknown:
-            raise BadSetting(f"expected settings of a plan among {sorted(known)}, found {sorted(unknown)}; correct the name")
+            raise BadSetting(
+                f"expected settings of a plan among {sorted(known)}, found {sorted(unknown)}; correct the name"
+            )
         for key in known:
             object.__setattr__(self, key, settings.get(key, self.__dataclass_fields__[key].default))
         object.__setattr__(self, "terms", tuple(flat))
@@ -185,7 +191,9 @@ class Plan:
         text = f"{who}min {joint.join(map(str, self.terms)) or '0'}"
         text += f" over {self.scope}" if self.scope is not None else ""
         text += f" balanced by {self.balance}" if self.balance is not None else ""
-        adversaries = self.adversary if isinstance(self.adversary, tuple) else (self.adversary,) if self.adversary else ()
+        adversaries = (
+            self.adversary if isinstance(self.adversary, tuple) else (self.adversary,) if self.adversary else ()
+        )
         text += "".join(f" against {a}" for a in adversaries)
         text += f" with {self.proximal}" if self.proximal is not None else ""
         text += f" by {self.optimizer} for {self.epochs} epoch{'s' if self.epochs != 1 else ''}"

@@ -1,9 +1,9 @@
 """Frozen models that objectives compare with, at the least cost that serves.
 
-An objective declares how much of a reference it reads: `loss` or `log_likelihood` (one scalar per example), `output` (the
-prediction) or `features` (activations, or the weights themselves). For the first two, and a task whose loss is a function of the example alone, the reference is run
-once over the split before the first step and only its numbers are kept: no second model in memory. Features, drawn noise,
-augmented or perturbed inputs need the model itself, a frozen copy.
+An objective declares how much of a reference it reads: `loss` or `log_likelihood` (one scalar per example),
+`output` (the prediction) or `features` (activations, or the weights themselves). For all but features, and a task
+whose loss is a function of the example alone, the reference is run once over the split before the first step and only its
+numbers are kept: no second model in memory. Features, drawn noise, augmented or perturbed inputs need a frozen copy.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class References:
         """Freeze a trained network and make it available under `name`."""
         self._models[name] = model.eval().requires_grad_(False)
 
-    def prepare(self, needs: Mapping[str, Mapping[str, set[str]]], splits: Mapping[str, Split], batch_size: int = 512) -> None:
+    def prepare(
+        self, needs: Mapping[str, Mapping[str, set[str]]], splits: Mapping[str, Split], batch_size: int = 512
+    ) -> None:
         """Fill the caches. needs: reference name -> split name -> {"loss", "log_likelihood", "output", "features"}."""
         if self.task.stochastic or self.fresh_inputs:
             return
@@ -83,7 +85,9 @@ class References:
             model = frozen_copy(model).to(self.device)
         rows = int(split.ids.max()) + 1
         with evaluating(model):
-            losses = likelihoods = outputs = None
+            losses: Any = None
+            likelihoods: Any = None
+            outputs: Any = None
             for batch in split.batches(batch_size):
                 batch = move_to_model(batch, model)
                 output = self.task.forward(model, batch)

@@ -88,7 +88,9 @@ class Multiplier(Weight):
 
     def __post_init__(self) -> None:
         if self.rate <= 0 or self.start < 0:
-            raise BadSetting(f"expected rate > 0 and start >= 0, found rate={self.rate}, start={self.start}; correct them")
+            raise BadSetting(
+                f"expected rate > 0 and start >= 0, found rate={self.rate}, start={self.start}; correct them"
+            )
 
     def at(self, epoch: int, epochs: int) -> float:
         return self.start

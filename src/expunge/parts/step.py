@@ -24,7 +24,7 @@ def capturing(model: nn.Module, layers: Sequence[str]):
     "fc2.input" names what goes into fc2, which need not be any module's output (`self.fc2(F.relu(...))`).
     """
     seen: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if layers else {}
     hooks = []
     for name in layers:
         owner = name.removesuffix(".input")
@@ -72,7 +72,10 @@ class Joint:
         start = 0
         for step, size in zip(self.steps, sizes, strict=True):
             rows = slice(start, start + size)
-            extra = {k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (sum(sizes),) else v for k, v in output.extra.items()}
+            extra = {
+                k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (sum(sizes),) else v
+                for k, v in output.extra.items()
+            }
             step._output = Output(output.prediction[rows], extra)
             step._features = {k: v[rows] for k, v in seen.items()}
             start += size

@@ -106,7 +106,9 @@ class UtilityFloor(Stop):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise BadSetting(f"expected keep in (0, 1] (share of the original's utility), found {self.keep}; correct it")
+            raise BadSetting(
+                f"expected keep in (0, 1] (share of the original's utility), found {self.keep}; correct it"
+            )
 
     def after_epoch(self, progress: Progress) -> Halt | None:
         now, before = progress.measure(self.split, "utility"), progress.original(self.split, "utility")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from expunge.audits.attacks.budget import Attack, Budget
 from expunge.audits.base import Measurement as Measured
 from expunge.audits.base import checks as known_checks
 from expunge.audits.base import run_checks
-from expunge.audits.attacks.budget import Attack, Budget
 from expunge.audits.battery import attack_all, find_attacks, judge
 from expunge.audits.golds import Gold, make_gold
 from expunge.audits.subjects import Subjects
@@ -176,11 +176,17 @@ class Auditor:
         if self.shadows:
             from expunge.records.shadows import unlearned_ensemble
 
-            subjects.ensembles["unlearned"] = unlearned_ensemble(self.case, outcome, self.ensembles["original"], self.seed)
+            subjects.ensembles["unlearned"] = unlearned_ensemble(
+                self.case, outcome, self.ensembles["original"], self.seed
+            )
         names = self.chosen(subjects)
         budgets = {name: {"budget": self.budget} for name in names if "budget" in known_checks()[name].settings}
         attack_all(
-            subjects, self.attacks, self.budget, lambda a: self._tell(a.name, 0, len(self.attacks)), memory=self._attacked
+            subjects,
+            self.attacks,
+            self.budget,
+            lambda a: self._tell(a.name, 0, len(self.attacks)),
+            memory=self._attacked,
         )
         measured = run_checks(
             subjects, names, budgets, progress=lambda c: self._tell(c.name, names.index(c.name), len(names))

@@ -134,8 +134,8 @@ def _spec(which: MethodSpec) -> tuple[str, dict[str, Any]]:
     if isinstance(which, Mapping):
         settings = dict(which)
         return str(settings.pop("name", "")), settings
-    name, settings = which
-    return name, dict(settings)
+    label, given = which
+    return label, dict(given)
 
 
 def _label(name: str, settings: Mapping[str, Any], methods: Sequence[tuple[str, dict[str, Any]]]) -> str:

@@ -25,17 +25,21 @@ LEAST = 8
 def reference_ensembles(case: Case, count: int, seed: int = 0) -> dict[str, Ensemble]:
     """`original`, `retrained` and `floor`, `count` models each."""
     if count < LEAST:
-        raise BadSetting(f"expected at least {LEAST} shadow models, found {count}; ask for more, or for none with shadows=0")
+        raise BadSetting(
+            f"expected at least {LEAST} shadow models, found {count}; ask for more, or for none with shadows=0"
+        )
     if case.recipe is None:
         raise MissingGold("expected the training recipe for shadow models, found none; pass Case(recipe=Training(...))")
-    rows = {"original": case.split("train").ids, "retrained": case.split("retain").ids, "floor": case.split("retain").ids}
+    rows = {
+        "original": case.split("train").ids,
+        "retrained": case.split("retain").ids,
+        "floor": case.split("retain").ids,
+    }
     members = [ids for ids in rows.values() for _ in range(count)]
     seeds = [derive(seed, "shadow", name, i) for name in rows for i in range(count)]
     everything = Ensemble.train(case.fresh, case.task, case.data, members, case.recipe, seeds)
     models = everything.models()
-    return {
-        name: Ensemble.from_models(models[k * count : (k + 1) * count], case.task) for k, name in enumerate(rows)
-    }
+    return {name: Ensemble.from_models(models[k * count : (k + 1) * count], case.task) for k, name in enumerate(rows)}
 
 
 def unlearned_ensemble(case: Case, outcome: Outcome, originals: Ensemble, seed: int = 0) -> Ensemble:

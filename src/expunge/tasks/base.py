@@ -81,6 +81,8 @@ class Task(ABC):
     """The key of `evaluate` that counts as the model's usefulness; higher is better."""
     input: str = "inputs"
     """The column that an adversary in input space perturbs."""
+    labels: str = "labels"
+    """The column of the true answers, where the kind has them as one."""
 
     # -- running ---------------------------------------------------------------------------------------------------
     def columns(self, example: Any) -> dict[str, Any]:
@@ -140,7 +142,7 @@ class Task(ABC):
 
     def answers(self, batch: Batch) -> Tensor | None:
         """(B,) the true answers, where the kind has them as one column."""
-        value = batch.columns.get(getattr(self, "labels", "labels"))
+        value = batch.columns.get(self.labels)
         return value if isinstance(value, Tensor) else None
 
     # -- checks ----------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ RELABEL_POLICIES = ("other", "uniform")
 def call_model(model: nn.Module, inputs: Tensor) -> Tensor:
     """Run a plain module positionally and a transformers model by its main input's name; return the tensor it predicts."""
     name = getattr(model, "main_input_name", None)
-    keyword = isinstance(name, str) and name != "input_ids" and hasattr(model, "config")
-    result = model(**{name: inputs}) if keyword else model(inputs)
+    keyword = hasattr(model, "config") and name != "input_ids"
+    result = model(**{name: inputs}) if isinstance(name, str) and keyword else model(inputs)
     if isinstance(result, Tensor):
         return result
     if hasattr(result, "logits"):
@@ -128,7 +128,11 @@ class Classification(Task):
         labels = batch.columns.get(self.labels)  # label-free methods run without, and say so through their needs
         whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() == 1
         if labels is not None and not whole:
-            what = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            what = (
+                f"{labels.dtype} of shape {tuple(labels.shape)}"
+                if isinstance(labels, Tensor)
+                else type(labels).__name__
+            )
             return [
                 f"expected labels as one integer per example, found {what}; convert them to int64 class numbers, "
                 "or use task='regression' for real targets"

@@ -66,7 +66,9 @@ class Regression(Task):
         """Draws from N(mean, std) of the training targets, which the engine writes into every batch as `_target_mean` and
         `_target_std` (Gaussian-Amnesiac). All policies mean the same here: a real target is almost surely another one."""
         if policy not in RELABEL_POLICIES:
-            raise BadSetting(f"expected a relabel policy of regression, one of {RELABEL_POLICIES}, found {policy!r}; use one")
+            raise BadSetting(
+                f"expected a relabel policy of regression, one of {RELABEL_POLICIES}, found {policy!r}; use one"
+            )
         if "_target_mean" not in batch.columns:
             raise BadSetting(
                 "expected the targets' mean and spread to be known when relabelling, found none; "
@@ -114,7 +116,8 @@ class Regression(Task):
             return [f"expected a column '{self.inputs}', found {have}; rename it or pass Regression(inputs=...)"]
         labels = batch.columns.get(self.labels)  # label-free methods run without, and say so through their needs
         if labels is not None and not (isinstance(labels, Tensor) and labels.is_floating_point()):
-            return [f"expected real targets, found {getattr(labels, 'dtype', type(labels))}; convert them with .float(), or use task='classification'"]
+            found = getattr(labels, "dtype", type(labels))
+            return [f"expected real targets, found {found}; convert them with .float(), or use task='classification'"]
         with evaluating(model):
             try:
                 value = self.forward(model, move_to_model(batch, model)).prediction

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from expunge.engine.per_example import squared_gradient_sum
 from expunge.methods.registry import method, setting
-from expunge.parts.layers import last_linear
+from expunge.parts.architecture import last_linear
 from expunge.parts.plan import Edit
 from expunge.seeds import generator
 from expunge.tasks.base import Batch, Output, PerExample, evaluating

@@ -20,7 +20,7 @@ from typing import Annotated
 
 from expunge.cases.case import Case
 from expunge.methods.registry import method, setting
-from expunge.parts.layers import hidden_layers
+from expunge.parts.architecture import hidden_layers
 from expunge.parts.objectives import fit, match, match_features
 from expunge.parts.plan import Auxiliary, Optimizer, Plan, Term
 

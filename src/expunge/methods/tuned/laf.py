@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 
 from expunge.cases.case import Case
 from expunge.methods.registry import method, setting
-from expunge.parts.layers import representation, width
+from expunge.parts.architecture import representation, width
 from expunge.parts.objectives import fit
 from expunge.parts.objectives.density import VAE, align, atypical, reconstruct, typical
 from expunge.parts.plan import Auxiliary, Optimizer, Plan, Term

@@ -43,7 +43,9 @@ class MatchFeatures(Objective):
 
     def __post_init__(self) -> None:
         if self.distance not in DISTANCES:
-            raise BadSetting(f"expected a distance, one of {', '.join(DISTANCES)}, found {self.distance!r}; use one of them")
+            raise BadSetting(
+                f"expected a distance, one of {', '.join(DISTANCES)}, found {self.distance!r}; use one of them"
+            )
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
@@ -91,6 +93,8 @@ def leave(reference: str = "original", temperature: float = 1.0) -> Objective:
     return Match(reference, temperature, away=True)
 
 
-def match_features(layers: tuple[str, ...] | list[str], reference: str = "original", distance: str = "attention") -> Objective:
+def match_features(
+    layers: tuple[str, ...] | list[str], reference: str = "original", distance: str = "attention"
+) -> Objective:
     """Minimise the distance of activations at `layers`, summed over layers; distance: attention, squared or cosine."""
     return MatchFeatures(reference, tuple(layers), distance)

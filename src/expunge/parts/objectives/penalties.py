@@ -4,6 +4,7 @@ the batch is the penalty and its weight reads against the mean loss."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Anchor(Objective):
 
     def __call__(self, step: Step) -> PerExample:
         anchor = dict(step.references.model(self.reference).named_parameters())
-        total = 0.0
+        total: Any = 0.0
         for name, p in step.model.named_parameters():
             if p.requires_grad:
                 delta = p - anchor[name].to(p)

@@ -124,7 +124,9 @@ class Scored(Scope):
 
     def __post_init__(self) -> None:
         if not 0 <= self.density <= 1:
-            raise BadSetting(f"expected density in 0..1 (share of weights that may move), found {self.density}; correct it")
+            raise BadSetting(
+                f"expected density in 0..1 (share of weights that may move), found {self.density}; correct it"
+            )
 
     def select(self, workbench: Any) -> Mask:
         return dict(top_share(self.score(workbench), self.density))

@@ -26,7 +26,9 @@ class LowRank(Scope):
 
     def enter(self, model: nn.Module) -> nn.Module:
         peft = need_extra("peft", "adapters")
-        names = list(self.targets) or [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n]
+        names = list(self.targets) or [
+            n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n
+        ]
         if not names:
             raise BadSetting(
                 "expected linear or convolution layers to put adapters on, found none; name them: low_rank(targets=(...))"

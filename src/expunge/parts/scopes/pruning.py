@@ -41,7 +41,7 @@ class Pruned(Scope):
         model = workbench.model
         weights = prunable(model, self.layers)
         if self.score == "magnitude":
-            kept = top_share({n: w.detach().abs() for n, w in weights.items()}, 1 - self.rate)
+            kept: Mapping[str, Tensor] = top_share({n: w.detach().abs() for n, w in weights.items()}, 1 - self.rate)
         else:
             kept = synflow(workbench, list(weights), self.rate)
         mask: Mask = {n: p.requires_grad for n, p in model.named_parameters()}

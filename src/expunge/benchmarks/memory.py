@@ -1,0 +1,103 @@
+"""Peak memory of methods that compare with the original, over fine-tuning's, where scalars can stand for a second model.
+
+    python -m expunge.benchmarks.memory                     # an MLP of 30 million parameters; goal: NPO, SCRUB <= 1.15
+    python -m expunge.benchmarks.memory --width 1000 --methods npo
+
+Every method runs by `unlearn` with its own defaults but one epoch, in a process of its own, `--repeats` times; the least peak
+counts. Each ratio is given twice: of the whole process, and net of an idle process that imports the same and builds the case. A
+frozen copy of the original would show as one more times the weights. The optimizer matters as much as the method (momentum is a
+copy of the weights, Adam two), so all are also run with fine-tuning's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+import expunge
+from expunge.benchmarks.measuring import in_process, options, peak_mb, publish, spelled, table
+from expunge.benchmarks.testbed import digits, mlp
+from expunge.cases import Case, TensorData, requests
+from expunge.methods.registry import find
+from expunge.parts.plan import Optimizer, Plan, Training
+
+NAME = "memory"
+BASE = "fine_tune"
+
+
+def setup(width: int, rows: int) -> Case:
+    """An MLP 64-width-width-10 on digits, untrained: memory does not depend on what it knows."""
+    x, y, x_test, y_test = digits(rows)
+    build = partial(mlp, 64, (width, width), 10)
+    torch.manual_seed(0)
+    return Case(build(), TensorData(inputs=x.flatten(1), labels=y), requests.label(3), recipe=Training(epochs=1), build=build,
+                test=TensorData(inputs=x_test.flatten(1), labels=y_test))  # fmt: skip
+
+
+def same_optimizer(plan: Plan) -> Plan:
+    """The plan moved by fine-tuning's kind of optimizer: SGD with momentum."""
+    chosen = Optimizer("sgd", lr=1e-4, momentum=0.9)
+    terms = tuple(replace(term, optimizer=None) for term in plan.terms)
+    return plan.with_(optimizer=chosen, terms=terms)
+
+
+def work(method: str, width: int, rows: int, same: bool) -> None:
+    """What a worker does: build the case and run the method on it; "idle" only builds."""
+    case = setup(width, rows)
+    if method == "idle":
+        return
+    configured = find(method).configure(epochs=1)
+    action = configured.action(case)
+    assert isinstance(action, Plan)
+    expunge.unlearn(case, same_optimizer(action) if same else configured, floor=None)
+
+
+def measure(methods: list[str], width: int, rows: int, repeats: int) -> list[dict[str, Any]]:
+    """One row per method: its own optimizer, and the same as fine-tuning's."""
+    shared = ("--width", str(width), "--rows", str(rows))
+
+    def peak(method: str, *more: str) -> float:
+        runs = [in_process(f"expunge.benchmarks.{NAME}", "--worker", method, *shared, *more) for _ in range(repeats)]
+        return min(run["peak_mb"] for run in runs)
+
+    weights = sum(p.numel() for p in mlp(64, (width, width), 10).parameters()) * 4 / 2**20
+    idle, base = peak("idle"), peak(BASE, "--same")
+    found = []
+    for same in (True, False):
+        for method in [BASE, *methods]:
+            whole = peak(method, "--same") if same else peak(method)
+            found.append({
+                "method": method, "optimizer": "fine_tune's" if same else "its own", "weights, MiB": weights,
+                "idle, MiB": idle, "peak, MiB": whole, "ratio": whole / base, "ratio net of idle": (whole - idle) / (base - idle),
+            })  # fmt: skip
+    return found
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = options(NAME, __doc__)
+    parser.add_argument("--methods", nargs="+", default=["npo", "scrub"])
+    parser.add_argument("--width", type=int, default=5400)
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--worker", help="internal: run one method (or 'idle'), print the peak")
+    parser.add_argument("--same", action="store_true", help="internal: with fine-tuning's optimizer")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if given.worker:
+        work(given.worker, given.width, given.rows, given.same)
+        print(json.dumps({"peak_mb": peak_mb()}))
+        return []
+    start = time.perf_counter()
+    rows = measure(given.methods, given.width, given.rows, given.repeats)
+    body = f"Peak resident memory of a process of its own, over fine_tune's; goal: ratio <= 1.15.\n\n{table(rows)}"
+    publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, body, given.out or None)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
