@@ -21,6 +21,7 @@ from toys import Toy, toy
 
 SGD = {"lr": 0.02, "batch_size": 32}
 UNSIR = {"noise_rows": 64, "retain_rows": 500, "batch_size": 64, "impair_lr": 0.005, "repair_lr": 0.01}
+PROXY = {"epochs": 5, "batch_size": 32, "proxy_epochs": 10}
 LAF = {"lr_unlearn": 1e-3, "lr_align": 1e-3, "tau": 5.0, "hidden": (64, 32), "density_epochs": 30}
 
 ROWS: dict[str, dict[str, dict]] = {
@@ -45,7 +46,7 @@ ROWS: dict[str, dict[str, dict]] = {
     "laf": {"class": LAF},
     "laf_r": {"class": LAF},
     "gaussian_amnesiac": {"regression": {"epochs": 5, "batch_size": 32}},
-    "blindspot": {"class": {"epochs": 5, "batch_size": 64, "proxy_epochs": 10}, "regression": {"epochs": 5, "batch_size": 32, "proxy_epochs": 10}},
+    "blindspot": {"class": {"epochs": 5, "batch_size": 64, "proxy_epochs": 10}, "regression": PROXY},
     "ssd": {"class": {"alpha": 50.0}},
     "lfssd": {"class": {"alpha": 7.0}},
     "fisher_forgetting": {"class": {"samples": 300}},

@@ -277,11 +277,11 @@ class Subjects:
         return Measured(values, intervals)
 
     def share(self, other: Subjects) -> None:
-        """Take over the passes and attacks of all models but the unlearned one, from an audit of the same references."""
+        """Take over the passes of all models but the unlearned one, from an audit of the same references."""
         for key, value in other._memory.items():
-            if isinstance(key, tuple) and key[0] in ("pass", "attacked") and key[1] != "unlearned":
-                if self.models.get(key[1]) is other.models.get(key[1]):
-                    self._memory[key] = value
+            passed = isinstance(key, tuple) and key[0] == "pass" and key[1] != "unlearned"
+            if passed and self.models.get(key[1]) is other.models.get(key[1]):
+                self._memory[key] = value
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, once for each key."""

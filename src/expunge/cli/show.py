@@ -16,8 +16,10 @@ from rich.table import Table
 
 
 def out() -> Console:
-    """Results go to stdout. Made anew at each call, because tests replace sys.stdout."""
-    return Console(highlight=False)
+    """Results go to stdout. Made anew at each call, because tests replace sys.stdout. A file or a pipe has no width of its
+    own: tables get room."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=132)
 
 
 def err() -> Console:

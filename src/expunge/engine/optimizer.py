@@ -35,7 +35,7 @@ class MaskedOptimizer:
         self.inner = self._make() if self.parameters else None
         self.steps = 0
         self.epoch: int | None = None
-        """Set by the loop where epochs differ in length (a term that rests after some epochs); else counted from steps."""
+        """Set by the loop, whose epochs may differ in length (a term that rests after some); else counted from steps."""
 
     def _make(self) -> torch.optim.Optimizer:
         spec, foreach = self.spec, len(self.parameters) > 1 and not self.parameters[0].is_meta

@@ -41,10 +41,11 @@ from expunge.parts.scopes import (
 from expunge.parts.stops import divergence, forget_reaches_holdout, steps, utility_floor
 
 __all__ = [
-    "Auxiliary", "Constant", "Decay", "Edit", "Exact", "Guard", "Multiplier", "Optimizer", "Plan", "Protection", "Rise",
-    "Term", "Training", "Until", "adversaries", "aggregate", "anchor", "ascend", "average", "balances", "beside", "class_noise", "curvature",
-    "divergence", "everything", "expanded", "fisher_ratio", "fit", "forget_reaches_holdout", "gradient_penalty", "l1", "l2", "largest",
-    "last_layers", "last_output", "layers", "leave", "low_rank", "match", "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned",
-    "random_weights", "redrawn", "rewind",
-    "relabel", "salient", "sam", "schedules", "scopes", "smooth", "soft_threshold", "steps", "stops", "unpruned", "utility_floor", "worst_inputs",
+    "Auxiliary", "Constant", "Decay", "Edit", "Exact", "Guard", "Multiplier", "Optimizer", "Plan", "Protection",
+    "Rise", "Term", "Training", "Until", "adversaries", "aggregate", "anchor", "ascend", "average", "balances",
+    "beside", "class_noise", "curvature", "divergence", "everything", "expanded", "fisher_ratio", "fit",
+    "forget_reaches_holdout", "gradient_penalty", "l1", "l2", "largest", "last_layers", "last_output", "layers",
+    "leave", "low_rank", "match", "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned",
+    "random_weights", "redrawn", "relabel", "rewind", "salient", "sam", "schedules", "scopes", "smooth",
+    "soft_threshold", "steps", "stops", "unpruned", "utility_floor", "worst_inputs",
 ]  # fmt: skip

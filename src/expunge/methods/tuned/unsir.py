@@ -46,11 +46,13 @@ def unsir(
     return Plan(phases=(
         Plan(
             Term(worst_inputs(penalty), on="retain"), trains=class_noise(noise_rows),
-            pool={"retain": noise_steps}, batch_size=1, epochs=noise_epochs, optimizer=Optimizer("adam", lr=noise_lr), name="noise",
+            pool={"retain": noise_steps}, batch_size=1, epochs=noise_epochs,
+            optimizer=Optimizer("adam", lr=noise_lr), name="noise",
         ),
         Plan(
             Term(beside(beside_it), on="retain"), pool={"retain": retain_rows},
-            batch_size=max(batch_size - beside_it, 1), epochs=impair_epochs, optimizer=Optimizer("adam", lr=impair_lr), name="impair",
+            batch_size=max(batch_size - beside_it, 1), epochs=impair_epochs,
+            optimizer=Optimizer("adam", lr=impair_lr), name="impair",
         ),
         Plan(
             Term(fit(), on="retain"), pool={"retain": retain_rows}, batch_size=batch_size,

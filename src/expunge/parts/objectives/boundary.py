@@ -1,4 +1,4 @@
-"""Forget across the decision boundary: fit the class next door, or a class that does not exist (Chen et al., CVPR 2023)."""
+"""Forget across the decision boundary: fit the class next door, or one that does not exist (Chen et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -106,5 +106,5 @@ def nearest_class(radius: float = 0.1, steps: int = 1, misses: str = "again", **
 
 
 def last_output() -> Objective:
-    """Fit the last output, whatever the true class: with `scope=expanded()` the class that exists only while training."""
+    """Fit the last output, whatever the true class: with `scope=expanded()` a class that exists only while training."""
     return LastOutput()

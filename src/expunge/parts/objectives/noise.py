@@ -67,7 +67,7 @@ class WorstInputs(Objective):
 
 @dataclass(frozen=True)
 class Beside(Objective):
-    """The task's loss on the batch and `rows` learned inputs beside it, in one forward and one mean, as in a mixed batch."""
+    """The task's loss on the batch and `rows` learned inputs beside it, in one forward and one mean (a mixed batch)."""
 
     rows: int
     name: str = "noise"

@@ -42,8 +42,8 @@ class Expanded(Scope):
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
         if not linear:
             raise BadModel(
-                "expected a linear layer that makes the logits, found none; choose a method that needs no extra output, "
-                "such as boundary_shrink"
+                "expected a linear layer that makes the logits, found none; "
+                "choose a method that needs no extra output, such as boundary_shrink"
             )
         return linear[-1]
 

@@ -22,7 +22,7 @@ from expunge.parts.scopes.base import Mask, Scope, top_share
 
 @dataclass(frozen=True)
 class Pruned(Scope):
-    """The share `rate` of the prunable weights with the lowest score, in one global ranking, is set to zero and frozen."""
+    """The share `rate` of the prunable weights that scores lowest, in one global ranking, is set to zero and frozen."""
 
     rate: float = 0.95
     score: Literal["magnitude", "synflow"] = "magnitude"
@@ -61,7 +61,8 @@ def prunable(model: nn.Module, patterns: tuple[str, ...] = ()) -> dict[str, nn.P
         found = {n: p for n, p in named.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
         if not found:
             raise BadSetting(
-                f"expected a parameter name that matches {', '.join(patterns)}, found none.{nearest(patterns[0], named)}"
+                f"expected a parameter name that matches {', '.join(patterns)}, found none."
+                f"{nearest(patterns[0], named)}"
             )
         return found
     kernels = {n: p for n, p in named.items() if p.dim() > 2}
@@ -69,7 +70,8 @@ def prunable(model: nn.Module, patterns: tuple[str, ...] = ()) -> dict[str, nn.P
     found = kernels or {n: named[n] for n in matrices[:-1]}
     if not found:
         raise BadSetting(
-            "expected convolution kernels, or matrices beside the last, found none; name the weights to prune: layers=(...)"
+            "expected convolution kernels, or matrices beside the last, found none; "
+            "name the weights to prune: layers=(...)"
         )
     return found
 
