@@ -6,11 +6,13 @@
 Every method runs by `unlearn` with its own defaults but one epoch, in a process of its own, `--repeats` times; the least peak
 counts. Each ratio is given twice: of the whole process, and net of an idle process that imports the same and builds the case. A
 frozen copy of the original would show as one more times the weights. The optimizer matters as much as the method (momentum is a
-copy of the weights, Adam two), so all are also run with fine-tuning's.
+copy of the weights, Adam two), so all are also run with fine-tuning's. `control` is fine-tuning with a frozen copy of the original
+in memory: what the ratio would be if scalars did not suffice.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import replace
@@ -27,7 +29,7 @@ from expunge.methods.registry import find
 from expunge.parts.plan import Optimizer, Plan, Training
 
 NAME = "memory"
-BASE = "fine_tune"
+BASE, CONTROL = "fine_tune", "control"
 
 
 def setup(width: int, rows: int) -> Case:
@@ -51,10 +53,12 @@ def work(method: str, width: int, rows: int, same: bool) -> None:
     case = setup(width, rows)
     if method == "idle":
         return
-    configured = find(method).configure(epochs=1)
+    frozen = copy.deepcopy(case.model) if method == CONTROL else None
+    configured = find(BASE if method == CONTROL else method).configure(epochs=1)
     action = configured.action(case)
     assert isinstance(action, Plan)
     expunge.unlearn(case, same_optimizer(action) if same else configured, floor=None)
+    del frozen
 
 
 def measure(methods: list[str], width: int, rows: int, repeats: int) -> list[dict[str, Any]]:
@@ -69,7 +73,7 @@ def measure(methods: list[str], width: int, rows: int, repeats: int) -> list[dic
     idle, base = peak("idle"), peak(BASE, "--same")
     found = []
     for same in (True, False):
-        for method in [BASE, *methods]:
+        for method in [BASE, *methods, *([CONTROL] if same else [])]:
             whole = peak(method, "--same") if same else peak(method)
             found.append({
                 "method": method, "optimizer": "fine_tune's" if same else "its own", "weights, MiB": weights,

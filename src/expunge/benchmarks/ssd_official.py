@@ -181,7 +181,7 @@ def measure(peer: Any, kind: str, rows: int, epochs: int, rounds: int, alpha: fl
         "request": times.ratio("request", "official"), "range": f"{low:.2f}..{high:.2f}",
         "stored": times.ratio("stored", "official"), "passes": times.ratio("request", "official, batches ready"),
         "selected": sum(int(m.sum()) for m in masks.values()) / total, "equal masks": same / total,
-        "largest weight difference": max(float((p - reached[n]).abs().max()) for n, p in bench.model.named_parameters()),
+        "largest weight difference": max(float((p - reached[n]).detach().abs().max()) for n, p in bench.model.named_parameters()),
         "stored equals request": all(torch.equal(p, again[n]) for n, p in bench.model.named_parameters()),
     }  # fmt: skip
 

@@ -40,11 +40,17 @@ class MaskedOptimizer:
     def _make(self) -> torch.optim.Optimizer:
         spec, foreach = self.spec, len(self.parameters) > 1 and not self.parameters[0].is_meta
         if spec.name == "sgd":
-            return torch.optim.SGD(
-                self.parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, foreach=foreach
-            )
-        kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
-        return kind(self.parameters, lr=spec.lr, weight_decay=spec.weight_decay, foreach=foreach)
+            return torch.optim.SGD(self.parameters, lr=spec.lr, momentum=spec.momentum, foreach=foreach)
+        if spec.name == "adam":
+            return torch.optim.Adam(self.parameters, lr=spec.lr, foreach=foreach)
+        return torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=spec.weight_decay, foreach=foreach)
+
+    def _decay(self) -> None:
+        """Coupled weight decay, gradient += weight_decay * weight, in place: torch's own makes a second set of gradients."""
+        if self.spec.weight_decay and self.spec.name in ("sgd", "adam"):
+            moving = [p for p in self.parameters if p.grad is not None]
+            if moving:
+                torch._foreach_add_([p.grad for p in moving], moving, alpha=self.spec.weight_decay)
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -78,6 +84,7 @@ class MaskedOptimizer:
             rate = self.rate()
             for group in self.inner.param_groups:
                 group["lr"] = rate
+        self._decay()
         self.inner.step()
         for p, live, before in self.partial:
             p.copy_(torch.where(live, p, before))
