@@ -17,8 +17,6 @@ __version__ = "0.1.0"
 _FACE = {
     "Case": "expunge.cases",
     "TensorData": "expunge.cases",
-    "requests": "expunge.cases",
-    "forget_sets": "expunge.cases.forget_sets",
     "load_model": "expunge.cases.loading",
     "load_data": "expunge.cases.loading",
     "Classification": "expunge.tasks",
@@ -27,34 +25,37 @@ _FACE = {
     "Plan": "expunge.parts.plan",
     "Term": "expunge.parts.plan",
     "Training": "expunge.parts.plan",
-    "parts": "expunge.parts",
-    "fit": "expunge.engine",
     "Outcome": "expunge.methods.outcome",
     "method": "expunge.methods",
-    "methods": "expunge.methods",
     "protect": "expunge.methods.outcome",
     "unlearn": "expunge.methods.outcome",
     "Audit": "expunge.records.audit",
     "audit": "expunge.records.audit",
     "compare": "expunge.records.compare",
+    "fit": "expunge.engine",
     "verify": "expunge.records.certificate",
+}
+_MODULES = {
+    "requests": "expunge.cases.requests",
+    "forget_sets": "expunge.cases.forget_sets",
+    "parts": "expunge.parts",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FACE:
-        raise AttributeError(f"module 'expunge' has no attribute '{name}'; it has {', '.join(sorted(_FACE))}")
-    place = _FACE[name]
-    module = importlib.import_module(place)
-    value = module if place.rsplit(".", 1)[-1] == name else getattr(module, name)
-    if place == "expunge.cases" and name == "requests":
-        value = importlib.import_module("expunge.cases.requests")
+    if name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    elif name in _FACE:
+        value = getattr(importlib.import_module(_FACE[name]), name)
+    else:
+        known = ", ".join(sorted([*_FACE, *_MODULES]))
+        raise AttributeError(f"module 'expunge' has no attribute '{name}'; it has {known}")
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FACE])
+    return sorted([*globals(), *_FACE, *_MODULES])
 
 
 if TYPE_CHECKING:

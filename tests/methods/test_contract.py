@@ -181,3 +181,20 @@ def test_resumes_to_the_same_tensors(name, tmp_path):
     with RunDirectory(tmp_path) as run:
         rest = execute(action, case, seed=0, run=run, identity="x", checkpoint_steps=1000)
     assert same(rest.model, result(name, kind).model)
+
+
+def test_a_method_that_no_paper_has_is_five_lines():
+    pytest.importorskip("torchjd")
+    from expunge import Optimizer, Term
+    from expunge.parts import aggregate, fit, npo, salient, sam
+
+    plan = Plan(
+        Term(npo(beta=0.5), on="forget"), Term(fit(), on="retain"),
+        scope=salient(0.5), adversary=sam(0.01), balance=aggregate("UPGrad", scale=2),
+        optimizer=Optimizer("sgd", lr=0.05, clip=1.0), epochs=10,
+    )  # fmt: skip
+    t = toy("class")
+    outcome = unlearn(t.case, plan, floor=None)
+    assert t.gap(outcome.model) < 0.6 * t.gap(t.original)
+    assert t.utility(outcome.model, "test") > t.utility(t.retrained, "test") - 0.08
+    assert outcome.record["changed_fraction"] == pytest.approx(0.5, abs=0.01)  # the rest stayed bit for bit

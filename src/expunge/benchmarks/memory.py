@@ -1,13 +1,17 @@
 """Peak memory of methods that compare with the original, over fine-tuning's, where scalars can stand for a second model.
 
-    python -m expunge.benchmarks.memory                     # an MLP of 30 million parameters; goal: NPO, SCRUB <= 1.15
-    python -m expunge.benchmarks.memory --width 1000 --methods npo
+    python -m expunge.benchmarks.memory                     # MLPs of about 30 million parameters; goal: NPO, SCRUB <= 1.15
+    python -m expunge.benchmarks.memory --shapes 2x1000 --methods npo
 
 Every method runs by `unlearn` with its own defaults but one epoch, in a process of its own, `--repeats` times; the least peak
 counts. Each ratio is given twice: of the whole process, and net of an idle process that imports the same and builds the case. A
 frozen copy of the original would show as one more times the weights. The optimizer matters as much as the method (momentum is a
 copy of the weights, Adam two), so all are also run with fine-tuning's. `control` is fine-tuning with a frozen copy of the original
 in memory: what the ratio would be if scalars did not suffice.
+
+Shapes are hidden layers x width. A step over two splits (NPO) makes the gradient of one layer twice before it is summed, so
+where one layer holds nearly all the weights, as in 2x5400, it pays for that layer once more, with scalars or without; a network
+of many layers hardly notices.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 import expunge
 from expunge.benchmarks.measuring import in_process, options, peak_mb, publish, spelled, table
@@ -32,10 +37,16 @@ NAME = "memory"
 BASE, CONTROL = "fine_tune", "control"
 
 
-def setup(width: int, rows: int) -> Case:
-    """An MLP 64-width-width-10 on digits, untrained: memory does not depend on what it knows."""
+def build_of(shape: str) -> partial[nn.Sequential]:
+    """ "2x5400" -> a maker of an MLP 64-5400-5400-10."""
+    depth, width = map(int, shape.split("x"))
+    return partial(mlp, 64, (width,) * depth, 10)
+
+
+def setup(shape: str, rows: int) -> Case:
+    """An MLP on digits, untrained: memory does not depend on what it knows."""
     x, y, x_test, y_test = digits(rows)
-    build = partial(mlp, 64, (width, width), 10)
+    build = build_of(shape)
     torch.manual_seed(0)
     return Case(build(), TensorData(inputs=x.flatten(1), labels=y), requests.label(3), recipe=Training(epochs=1), build=build,
                 test=TensorData(inputs=x_test.flatten(1), labels=y_test))  # fmt: skip
@@ -48,9 +59,9 @@ def same_optimizer(plan: Plan) -> Plan:
     return plan.with_(optimizer=chosen, terms=terms)
 
 
-def work(method: str, width: int, rows: int, same: bool) -> None:
+def work(method: str, shape: str, rows: int, same: bool) -> None:
     """What a worker does: build the case and run the method on it; "idle" only builds."""
-    case = setup(width, rows)
+    case = setup(shape, rows)
     if method == "idle":
         return
     frozen = copy.deepcopy(case.model) if method == CONTROL else None
@@ -61,22 +72,22 @@ def work(method: str, width: int, rows: int, same: bool) -> None:
     del frozen
 
 
-def measure(methods: list[str], width: int, rows: int, repeats: int) -> list[dict[str, Any]]:
+def measure(methods: list[str], shape: str, rows: int, repeats: int) -> list[dict[str, Any]]:
     """One row per method: its own optimizer, and the same as fine-tuning's."""
-    shared = ("--width", str(width), "--rows", str(rows))
+    shared = ("--shapes", shape, "--rows", str(rows))
 
     def peak(method: str, *more: str) -> float:
         runs = [in_process(f"expunge.benchmarks.{NAME}", "--worker", method, *shared, *more) for _ in range(repeats)]
         return min(run["peak_mb"] for run in runs)
 
-    weights = sum(p.numel() for p in mlp(64, (width, width), 10).parameters()) * 4 / 2**20
+    weights = sum(p.numel() for p in build_of(shape)().parameters()) * 4 / 2**20
     idle, base = peak("idle"), peak(BASE, "--same")
     found = []
     for same in (True, False):
         for method in [BASE, *methods, *([CONTROL] if same else [])]:
             whole = peak(method, "--same") if same else peak(method)
             found.append({
-                "method": method, "optimizer": "fine_tune's" if same else "its own", "weights, MiB": weights,
+                "shape": shape, "method": method, "optimizer": "fine_tune's" if same else "its own", "weights, MiB": weights,
                 "idle, MiB": idle, "peak, MiB": whole, "ratio": whole / base, "ratio net of idle": (whole - idle) / (base - idle),
             })  # fmt: skip
     return found
@@ -85,7 +96,7 @@ def measure(methods: list[str], width: int, rows: int, repeats: int) -> list[dic
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = options(NAME, __doc__)
     parser.add_argument("--methods", nargs="+", default=["npo", "scrub"])
-    parser.add_argument("--width", type=int, default=5400)
+    parser.add_argument("--shapes", nargs="+", default=["10x1750", "2x5400"], help="hidden layers x width")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--worker", help="internal: run one method (or 'idle'), print the peak")
@@ -93,11 +104,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.worker:
-        work(given.worker, given.width, given.rows, given.same)
+        work(given.worker, given.shapes[0], given.rows, given.same)
         print(json.dumps({"peak_mb": peak_mb()}))
         return []
     start = time.perf_counter()
-    rows = measure(given.methods, given.width, given.rows, given.repeats)
+    rows = [row for shape in given.shapes for row in measure(given.methods, shape, given.rows, given.repeats)]
     body = f"Peak resident memory of a process of its own, over fine_tune's; goal: ratio <= 1.15.\n\n{table(rows)}"
     publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, body, given.out or None)
     return rows

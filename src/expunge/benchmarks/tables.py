@@ -73,7 +73,7 @@ DIGITS_CLASS: dict[str, dict[str, Any]] = {
     "ssd": {"alpha": 20.0},
     "influence": {"alpha": 10.0},
     "fisher_forgetting": {"alpha": 1e-6},
-    "unsir": {"noise_rows": 64, "retain_rows": 500, "batch_size": 64, "impair_lr": 0.005},
+    "unsir": {"noise_rows": 64, "retain_rows": 500, "batch_size": 64, "impair_lr": 0.005, "repair_epochs": 3},
     "laf": {**LAF, "lr_unlearn": 4e-3, "lr_align": 4e-3},
 }
 CIFAR: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ def run(name: str, seeds: int = 3, workers: int = 2, folder: Path | None = None,
         found[request] = compare(
             study.case, study.methods.items(), range(seeds), workers=workers, folder=folder / request, command=command,
             report=lambda text, done, total, request=request: print(f"{request}: {done}/{total} {text}", file=sys.stderr),
-            checks=study.checks, **study.audit,
+            floor=None, checks=study.checks, **study.audit,
         )  # fmt: skip
         parts.append(
             f"## {request}\n\n{study.note}\n\n{markdown(found[request])}\n{time.perf_counter() - began:.0f} s\n"
