@@ -113,3 +113,22 @@ def test_rmia_has_power_on_the_original_and_none_on_the_retrained(ensembles):
 
     assert area("original") > 0.8
     assert abs(area("floor") - 0.5) < 0.2 and area("original") > area("floor") + 0.2
+
+
+def test_the_ledger_knows_request_run_and_lineage(auditor, tmp_path):
+    from expunge.records.ledger import Ledger
+
+    audit = auditor.audit(unlearn(auditor.case, "salun", lr=0.02, batch_size=64))
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    first, second = audit.enter(url, tmp_path), audit.enter(url, tmp_path)
+    assert first != second
+    with Ledger(url) as ledger:
+        fingerprint = auditor.case.data.fingerprint()
+        assert len(ledger.requests(fingerprint)) == 1 and len(ledger.runs()) == 2
+        line = [row.digest for row in ledger.lineage(audit.results.weights.after)]
+        assert line == [audit.results.weights.after, audit.results.weights.before]
+
+
+def test_without_attacks_nothing_is_called_removed():
+    auditor = Auditor(toy("class").case, attacks=False, checks=["ua"])
+    assert auditor.audit(unlearn(auditor.case, "retrain")).verdict.verdict == "inconclusive"

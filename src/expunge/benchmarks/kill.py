@@ -3,9 +3,10 @@
     python -m expunge.benchmarks.kill                        # 24 random moments + 10 while files are written; about 3 minutes
     python -m expunge.benchmarks.kill --points 60
 
-Every point is a run directory of its own: a fresh process runs `unlearn(case, "salun", run=directory, checkpoint_steps=4)`, is
+Every point is a run directory of its own: a process runs `unlearn(case, "salun", run=directory, checkpoint_steps=4)`, is
 killed with SIGKILL, and is started again until it ends; the weights it saves are compared with the undisturbed run's by their
-bytes. The network has dropout and batch norm, and the optimizer momentum, so draws, statistics and state must all come back.
+bytes. Processes are forks of a clean server that has only imported (a start costs nothing then); some are resumed in a new
+interpreter instead. The network has dropout and batch norm, and the optimizer momentum, so draws, statistics and state must all come back.
 
 Random moments are drawn uniformly over the time that an undisturbed run works (imports excluded). Moments within a write are met
 by a fault inside the worker: it kills itself with half of the bytes of a checkpoint (model, outcome) written, or with the file
@@ -14,13 +15,14 @@ whole but not yet renamed.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,20 @@ from expunge.benchmarks.testbed import digits
 from expunge.cases import Case, TensorData, requests
 from expunge.engine import fit
 from expunge.files import digest_weights
+from expunge.methods.registry import load_all
 from expunge.parts.plan import Optimizer, Training
 from expunge.seeds import generator
 
 NAME = "kill"
+Fault = tuple[str, int, str]
+"""(file, which writing of it, "half" or "unnamed")."""
 WRITES = (
     ("checkpoint.safetensors", 1), ("checkpoint.safetensors", 7), ("checkpoint.safetensors", 20), ("model.safetensors", 1),
     ("outcome.json", 1),
 )  # fmt: skip
 """(file, which writing of it) that the worker dies in."""
+
+load_all()  # here, so that the server which forks the workers has it done
 
 
 def build() -> nn.Module:
@@ -73,19 +80,17 @@ def setup(weights: Path) -> Case:
     return case
 
 
-def work(folder: Path, run: str, epochs: int, every: int, die: str | None) -> None:
-    """The worker: tells its steps on stdout as it goes, unbuffered; what it told is all that is left of it."""
+def work(folder: Path, run: str, epochs: int, every: int, die: Fault | None, tell: Any) -> None:
+    """What a worker does. tell: a pipe that gets the number of every finished update; what it told is all that is left of it."""
+    torch.set_num_threads(1)
     case = setup(folder / "original.safetensors")
-    if die:
-        die_while_writing(*json.loads(die))
-
-    def report(_text: str, done: int, _total: int) -> None:
-        os.write(1, b"%d\n" % done)
-
-    os.write(1, b"0\n")
+    if die is not None:
+        die_while_writing(*die)
+    tell.send(0)
     expunge.unlearn(
-        case, "salun", run=folder / run, checkpoint_steps=every, epochs=epochs, batch_size=64, floor=0.1, report=report
-    )
+        case, "salun", run=folder / run, checkpoint_steps=every, epochs=epochs, batch_size=64, floor=0.1,
+        report=lambda _text, done, _total: tell.send(done),
+    )  # fmt: skip
 
 
 def die_while_writing(name: str, which: int, when: str) -> None:
@@ -112,21 +117,34 @@ def die_while_writing(name: str, which: int, when: str) -> None:
     files._write_all, os.replace = half, rename
 
 
-def start(folder: Path, run: str, epochs: int, every: int, die: str | None = None) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable, "-m", f"expunge.benchmarks.{NAME}", "--worker", str(folder), "--run", run, "--epochs", str(epochs),
-        "--every", str(every), *(["--die", die] if die else []),
-    ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=(folder / f"{run}.log").open("wb"))
+@dataclass
+class Worker:
+    """A process at work in a run directory, and the pipe that it tells its updates by."""
 
+    process: Any
+    told: Any
+    steps: list[int] = field(default_factory=list)
 
-def finish(process: subprocess.Popen[bytes], folder: Path, run: str) -> None:
-    process.communicate()
-    if process.returncode:
-        log = (folder / f"{run}.log").read_text(errors="replace")
-        raise RuntimeError(
-            f"expected the run {run} to end well, found exit status {process.returncode}:\n{log[-2000:]}"
-        )
+    @classmethod
+    def start(cls, context: Any, folder: Path, run: str, epochs: int, every: int, die: Fault | None = None) -> Worker:
+        told, tell = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(folder, run, epochs, every, die, tell))
+        process.start()
+        tell.close()
+        return cls(process, told)
+
+    def wait(self) -> int:
+        """Read to the end; the exit status (minus the signal's number where one ended it)."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                self.steps.append(self.told.recv())
+        self.process.join()
+        return self.process.exitcode
+
+    def finish(self) -> None:
+        status = self.wait()
+        if status:
+            raise RuntimeError(f"expected the resumed run to end well, found exit status {status}; its error is above")
 
 
 def saved_step(folder: Path, run: str) -> int:
@@ -138,54 +156,48 @@ def saved_step(folder: Path, run: str) -> int:
         return json.loads(opened.metadata()["position"])["step"]
 
 
-def last_step(process: subprocess.Popen[bytes]) -> int:
-    assert process.stdout is not None
-    told = process.stdout.read().split()
-    return int(told[-1]) if told else 0
-
-
 def point(
-    folder: Path, run: str, epochs: int, every: int, delay: float | None, die: str | None, truth: str
-) -> dict[str, Any]:
-    """Kill one run once (again and again it would only be sooner done), start it again, compare."""
-    process = start(folder, run, epochs, every, die)
+    folder: Path, run: str, epochs: int, every: int, delay: float | None, die: Fault | None, truth: str, fresh: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Kill one run once, start it again, compare. fresh: again in a new interpreter, else in a fork of the clean server."""
+    server = multiprocessing.get_context("forkserver")
+    worker = Worker.start(server, folder, run, epochs, every, die)
     if delay is not None:
-        assert process.stdout is not None
-        process.stdout.readline()  # "0": imports are done, work begins
+        worker.steps.append(worker.told.recv())  # 0: work begins
         time.sleep(delay)
-        process.kill()
-    step = last_step(process)
-    process.wait()
-    killed = process.returncode == -signal.SIGKILL
+        worker.process.kill()
+    killed = worker.wait() == -signal.SIGKILL
     resumed, parts = saved_step(folder, run), len(list((folder / run).rglob(".*.part")))
-    where = "random moment" if die is None else "{}, writing {}, {}".format(*json.loads(die))
+    where = "random moment" if die is None else "{0}, writing {1}, {2}".format(*die)
     if killed:
-        finish(start(folder, run, epochs, every), folder, run)
+        Worker.start(multiprocessing.get_context("spawn") if fresh else server, folder, run, epochs, every).finish()
     return {
-        "killed": where if killed else "(had ended)", "at step": step, "went on from step": resumed, "half-written files": parts,
+        "killed": where if killed else "(had ended)", "at step": worker.steps[-1] if worker.steps else 0,
+        "went on from step": resumed, "half-written files": parts, "in": "new interpreter" if fresh else "fork",
         "equal": digest_weights(folder / run / "model" / "model.safetensors") == truth,
     }  # fmt: skip
 
 
 def measure(
-    folder: Path, points: int, writes: int, epochs: int, every: int, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    folder: Path, points: int, writes: int, epochs: int, every: int, seed: int, fresh: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """One row per killed run, and what the undisturbed run was."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([f"expunge.benchmarks.{NAME}"])
     setup(folder / "original.safetensors")
-    process = start(folder, "undisturbed", epochs, every)
-    assert process.stdout is not None
-    process.stdout.readline()
+    worker = Worker.start(server, folder, "undisturbed", epochs, every)
+    worker.told.recv()
     began = time.perf_counter()
-    finish(process, folder, "undisturbed")
+    worker.finish()
     span = time.perf_counter() - began
     truth = digest_weights(folder / "undisturbed" / "model" / "model.safetensors")
     record = json.loads((folder / "undisturbed" / "outcome.json").read_text())["record"]
     rows, rng = [], generator(seed, "kill")
     while sum(row["killed"] == "random moment" for row in rows) < points and len(rows) < 3 * points:
-        delay = span * float(torch.rand((), generator=rng))
-        rows.append(point(folder, f"random{len(rows)}", epochs, every, delay, None, truth))
-    faults = [json.dumps([name, which, when]) for name, which in WRITES for when in ("half", "unnamed")][:writes]
-    rows += [point(folder, f"write{i}", epochs, every, None, die, truth) for i, die in enumerate(faults)]
+        delay, place = span * float(torch.rand((), generator=rng)), len(rows)
+        rows.append(point(folder, f"random{place}", epochs, every, delay, None, truth, place < fresh))
+    faults: list[Fault] = [(name, which, when) for name, which in WRITES for when in ("half", "unnamed")][:writes]
+    rows += [point(folder, f"write{i}", epochs, every, None, die, truth, False) for i, die in enumerate(faults)]
     about = {"steps": record["updates"], "seconds": span, "changed": record["changed_fraction"], "digest": truth}
     return rows, about
 
@@ -197,17 +209,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--every", type=int, default=4, help="updates between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--worker", type=Path, help="internal: run in this folder")
-    parser.add_argument("--run", help="internal: the run directory's name")
-    parser.add_argument("--die", help="internal: [file, which writing, half or unnamed]")
+    parser.add_argument("--fresh", type=int, default=3, help="runs that are resumed in a new interpreter")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if given.worker:
-        work(given.worker, given.run, given.epochs, given.every, given.die)
-        return []
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        rows, about = measure(Path(folder), given.points, given.writes, given.epochs, given.every, given.seed)
+        rows, about = measure(
+            Path(folder), given.points, given.writes, given.epochs, given.every, given.seed, given.fresh
+        )
     hit = [row for row in rows if row["killed"] != "(had ended)"]
     equal = sum(row["equal"] for row in rows)
     body = (

@@ -86,6 +86,7 @@ def run(
     device: Device = None,
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="audit the result")] = True,
     key: KeyOption = None,
+    ledger: Annotated[str | None, typer.Option(help="enter request, run and lineage here, e.g. sqlite:///l.db")] = None,
 ) -> None:
     """Forget what the case requests, then audit it. A killed run resumes by the same command."""
     from expunge.cli import work
@@ -93,7 +94,7 @@ def run(
     if dry_run:
         work.dry_run(case, overrides or [])
     else:
-        work.run(case, overrides or [], out, device, audit, key)
+        work.run(case, overrides or [], out, device, audit, key, ledger)
 
 
 @app.command()

@@ -23,7 +23,13 @@ from expunge.methods.outcome import Outcome, unlearn
 
 
 def run(
-    file: Path, overrides: list[str], out: Path | None, device: str | None, audited: bool, key: Path | None
+    file: Path,
+    overrides: list[str],
+    out: Path | None,
+    device: str | None,
+    audited: bool,
+    key: Path | None,
+    ledger: str | None = None,
 ) -> None:
     """Unlearn in a run folder, then audit."""
     case_file = read_case(file, overrides)
@@ -38,7 +44,7 @@ def run(
     save_case(case_file, folder)
     _tell(outcome, folder)
     if audited:
-        _audit(case_file, outcome, folder, key, case_file.audit.chosen(), case_file.seeds.audit)
+        _audit(case_file, outcome, folder, key, case_file.audit.chosen(), case_file.seeds.audit, ledger)
 
 
 def dry_run(file: Path, overrides: list[str]) -> None:
@@ -187,7 +193,13 @@ def demo(folder: Path, quick: bool) -> None:
 
 # -- shared ------------------------------------------------------------------------------------------------------------
 def _audit(
-    case_file: CaseFile, outcome: Outcome, folder: Path, key: Path | None, chosen: dict[str, Any], seed: int
+    case_file: CaseFile,
+    outcome: Outcome,
+    folder: Path,
+    key: Path | None,
+    chosen: dict[str, Any],
+    seed: int,
+    ledger: str | None = None,
 ) -> None:
     """Audit, save, print the table and the verdict."""
     from expunge.records.audit import audit as auditing
@@ -201,6 +213,8 @@ def _audit(
         f"[bold]verdict[/]   {escape(audited.verdict.verdict)}: {escape(audited.verdict.reason)}", soft_wrap=True
     )
     _where(folder)
+    if ledger is not None:
+        console.print(f"ledger:      run {audited.enter(ledger, folder)} in {escape(ledger)}", soft_wrap=True)
 
 
 def _where(folder: Path) -> None:

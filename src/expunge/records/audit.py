@@ -25,6 +25,7 @@ from expunge.audits.verdict import Thresholds, Verdict
 from expunge.cases.case import Case
 from expunge.engine.rundir import machine, save_model, versions
 from expunge.errors import BadSetting
+from expunge.records.canonical import digest_ids
 from expunge.records.results import Results
 
 if TYPE_CHECKING:
@@ -87,6 +88,37 @@ class Audit:
         )  # fmt: skip
         return folder
 
+    def enter(self, url: str, folder: str | Path | None = None) -> str:
+        """Write the request, this run and the model's lineage into a ledger (any SQLAlchemy URL); returns the run's id.
+
+        A request of the same rows of the same data that is still open is served by this run instead of being entered twice.
+        """
+        from expunge.errors import BadRequest
+        from expunge.records.ledger import Ledger
+
+        case, results, forget = self.outcome.case, self.results, self.outcome.case.split("forget")
+        request, before, after = case.describe()["request"], results.weights.before, results.weights.after
+        if before is None or after is None:
+            raise BadRequest(
+                "expected the digests of the weights in the results, found none; audit an outcome of unlearn()"
+            )
+        fingerprint, ids = case.data.fingerprint(), forget.ids.tolist()
+        with Ledger(url) as ledger:
+            digest = digest_ids(ids)
+            known = next((r.id for r in ledger.open_requests(fingerprint) if r.ids_digest == digest), None)
+            if known is None:
+                rows = case.data.row_digests(forget.ids)
+                known = ledger.record_request(fingerprint, request["kind"], request["summary"], ids, rows).id
+            run = ledger.record_run(
+                known, results.method.name, results.method.settings, results.seeds.model_dump(), self.verdict.verdict,
+                results.cost.model_dump(), None if folder is None else str(Path(folder) / "results.json"),
+                closes=self.verdict.verdict.startswith("removed"),
+            )  # fmt: skip
+            ledger.record_model(before, fingerprint)
+            if after != before:
+                ledger.record_model(after, fingerprint, before, run)
+        return run
+
 
 class Auditor:
     """Audits of one case against one gold.
@@ -95,7 +127,8 @@ class Auditor:
         gold: "retrain", "clean_label", "ensemble", "closed_form", "residual"; or a `Gold`, or a retrained model.
         floor: a second gold of another seed, where `gold` was given as a model.
         checks: names; default: all that serve the task and whose needs the case meets, but those that train further models.
-        attacks: active attacks by name or as objects; default: the whole battery. budget: what each may spend.
+        attacks: active attacks by name or as objects; default (or True): the whole battery; False: none, and then nothing
+            can be called removed. budget: what each may spend.
         thresholds: of the verdict. seed: of gold, attacks and bootstrap. cache: a folder where golds are kept.
         shadows: models per ensemble for the checks that need distributions (U-LiRA, RMIA, KLoM, challenge score); 0 for
             none. The method is then run on as many originals. ensembles: your own, see `Subjects`.
@@ -109,7 +142,7 @@ class Auditor:
         floor: Gold | nn.Module | None = None,
         gold_settings: Mapping[str, Any] | None = None,
         checks: Iterable[str] | None = None,
-        attacks: Sequence[str | Attack] | None = None,
+        attacks: bool | Sequence[str | Attack] | None = None,
         budget: Budget | None = None,
         thresholds: Thresholds | None = None,
         seed: int = 0,
@@ -127,7 +160,8 @@ class Auditor:
             self._tell(f"training {3 * shadows} shadow models at once", 0, 1)
             self.ensembles |= reference_ensembles(case, shadows, seed)
         self.gold, self.floor = self._golds(gold, floor, dict(gold_settings or {}), cache)
-        self.attacks, self.budget = find_attacks(attacks), budget or Budget()
+        wanted = {True: None, False: ()}[attacks] if isinstance(attacks, bool) else attacks
+        self.attacks, self.budget = find_attacks(wanted), budget or Budget()
         self._shared: Subjects | None = None
         self._attacked: dict[Any, Any] = {}
 
