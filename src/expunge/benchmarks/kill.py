@@ -6,9 +6,11 @@
 Every point is a run directory of its own: a process runs `unlearn(case, "salun", run=directory, checkpoint_steps=4)`, is
 killed with SIGKILL, and is started again until it ends; the weights it saves are compared with the undisturbed run's by their
 bytes. Processes are forks of a clean server that has only imported (a start costs nothing then); some are resumed in a new
-interpreter instead. The network has dropout and batch norm, and the optimizer momentum, so draws, statistics and state must all come back.
+interpreter instead. The network has dropout and batch norm, and the optimizer momentum, so draws, statistics and state must all
+come back.
 
-Random moments are drawn uniformly over the time that an undisturbed run works (imports excluded). Moments within a write are met
+Random moments: a random update is awaited, then a random part of an update's time, so that load on the machine does not make them
+cluster. Moments within a write are met
 by a fault inside the worker: it kills itself with half of the bytes of a checkpoint (model, outcome) written, or with the file
 whole but not yet renamed.
 """
@@ -18,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import signal
 import tempfile
 import time
@@ -28,93 +29,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-import expunge
-from expunge import files
+from expunge.benchmarks.kill_worker import Fault, setup, work
 from expunge.benchmarks.measuring import options, publish, spelled, table
-from expunge.benchmarks.testbed import digits
-from expunge.cases import Case, TensorData, requests
-from expunge.engine import fit
 from expunge.files import digest_weights
-from expunge.methods.registry import load_all
-from expunge.parts.plan import Optimizer, Training
 from expunge.seeds import generator
 
 NAME = "kill"
-Fault = tuple[str, int, str]
-"""(file, which writing of it, "half" or "unnamed")."""
 WRITES = (
     ("checkpoint.safetensors", 1), ("checkpoint.safetensors", 7), ("checkpoint.safetensors", 20), ("model.safetensors", 1),
     ("outcome.json", 1),
 )  # fmt: skip
 """(file, which writing of it) that the worker dies in."""
-
-load_all()  # here, so that the server which forks the workers has it done
-
-
-def build() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(64, 128),
-        nn.BatchNorm1d(128),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.Linear(128, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
-
-
-def setup(weights: Path) -> Case:
-    """Digits, forget class 3; the original is trained once and read from `weights` afterwards."""
-    x, y, x_test, y_test = digits(600)
-    recipe = Training(epochs=5, batch_size=64, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9))
-    case = Case(build(), TensorData(inputs=x.flatten(1), labels=y), requests.label(3), recipe=recipe, build=build,
-                test=TensorData(inputs=x_test.flatten(1), labels=y_test))  # fmt: skip
-    if weights.exists():
-        case.model.load_state_dict(load_file(weights))
-        return case
-    case = case.with_(model=fit(case, "train", 0))
-    save_file(case.model.state_dict(), weights)
-    return case
-
-
-def work(folder: Path, run: str, epochs: int, every: int, die: Fault | None, tell: Any) -> None:
-    """What a worker does. tell: a pipe that gets the number of every finished update; what it told is all that is left of it."""
-    torch.set_num_threads(1)
-    case = setup(folder / "original.safetensors")
-    if die is not None:
-        die_while_writing(*die)
-    tell.send(0)
-    expunge.unlearn(
-        case, "salun", run=folder / run, checkpoint_steps=every, epochs=epochs, batch_size=64, floor=0.1,
-        report=lambda _text, done, _total: tell.send(done),
-    )  # fmt: skip
-
-
-def die_while_writing(name: str, which: int, when: str) -> None:
-    """Make this process kill itself at the `which`-th writing of a file: "half" of the bytes in, or whole but "unnamed"."""
-    write_all, replace, seen = files._write_all, os.replace, [0]
-
-    def to_target(handle: int) -> bool:
-        return Path(os.readlink(f"/proc/self/fd/{handle}")).name.startswith(f".{name}.")
-
-    def half(handle: int, content: bytes) -> None:
-        if to_target(handle):
-            seen[0] += 1
-            if seen[0] == which and when == "half":
-                os.write(handle, content[: len(content) // 2])
-                os.fsync(handle)
-                os.kill(os.getpid(), signal.SIGKILL)
-        write_all(handle, content)
-
-    def rename(source: Any, target: Any, **more: Any) -> None:
-        if Path(target).name == name and seen[0] == which and when == "unnamed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target, **more)
-
-    files._write_all, os.replace = half, rename
 
 
 @dataclass
@@ -157,18 +83,20 @@ def saved_step(folder: Path, run: str) -> int:
 
 
 def point(
-    folder: Path, run: str, epochs: int, every: int, delay: float | None, die: Fault | None, truth: str, fresh: bool
+    folder: Path, run: str, epochs: int, every: int, moment: tuple[int, float] | None, die: Fault | None, truth: str, fresh: bool
 ) -> dict[str, Any]:  # fmt: skip
-    """Kill one run once, start it again, compare. fresh: again in a new interpreter, else in a fork of the clean server."""
+    """Kill one run once, start it again, compare. moment: (update to wait for, seconds to wait then). fresh: start it again in
+    a new interpreter, else in a fork of the clean server."""
     server = multiprocessing.get_context("forkserver")
     worker = Worker.start(server, folder, run, epochs, every, die)
-    if delay is not None:
-        worker.steps.append(worker.told.recv())  # 0: work begins
-        time.sleep(delay)
+    if moment is not None:
+        while not worker.steps or worker.steps[-1] < moment[0]:
+            worker.steps.append(worker.told.recv())
+        time.sleep(moment[1])
         worker.process.kill()
     killed = worker.wait() == -signal.SIGKILL
     resumed, parts = saved_step(folder, run), len(list((folder / run).rglob(".*.part")))
-    where = "random moment" if die is None else "{0}, writing {1}, {2}".format(*die)
+    where = "random moment" if die is None else f"{die[0]}, writing {die[1]}, {die[2]}"
     if killed:
         Worker.start(multiprocessing.get_context("spawn") if fresh else server, folder, run, epochs, every).finish()
     return {
@@ -183,7 +111,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """One row per killed run, and what the undisturbed run was."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([f"expunge.benchmarks.{NAME}"])
+    server.set_forkserver_preload([f"expunge.benchmarks.kill_worker"])
     setup(folder / "original.safetensors")
     worker = Worker.start(server, folder, "undisturbed", epochs, every)
     worker.told.recv()
@@ -194,8 +122,9 @@ def measure(
     record = json.loads((folder / "undisturbed" / "outcome.json").read_text())["record"]
     rows, rng = [], generator(seed, "kill")
     while sum(row["killed"] == "random moment" for row in rows) < points and len(rows) < 3 * points:
-        delay, place = span * float(torch.rand((), generator=rng)), len(rows)
-        rows.append(point(folder, f"random{place}", epochs, every, delay, None, truth, place < fresh))
+        update, part, place = torch.rand((), generator=rng), torch.rand((), generator=rng), len(rows)
+        moment = int(update * record["updates"]), float(part) * span / record["updates"]
+        rows.append(point(folder, f"random{place}", epochs, every, moment, None, truth, place < fresh))
     faults: list[Fault] = [(name, which, when) for name, which in WRITES for when in ("half", "unnamed")][:writes]
     rows += [point(folder, f"write{i}", epochs, every, None, die, truth, False) for i, die in enumerate(faults)]
     about = {"steps": record["updates"], "seconds": span, "changed": record["changed_fraction"], "digest": truth}
