@@ -31,10 +31,16 @@ test: .venv/.installed ## lint, format, types, floors, tests
 	.venv/bin/lint-imports
 	$(ONE_THREAD) $(RUN) -m pytest -n 2
 
-bench: bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## every measured table
+bench: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## every measured table
 
-bench-speed: .venv/.installed ## the loop over a bare loop; methods over fine-tuning
+bench-overhead: .venv/.installed ## the loop over a bare loop of the same arithmetic
 	$(RUN) -m expunge.benchmarks.overhead
+bench-memory: .venv/.installed ## NPO's and SCRUB's peak memory over fine-tuning's
+	$(RUN) -m expunge.benchmarks.memory
+bench-speed: .venv/.installed ## unlearning time over retraining time (EXPUNGE_DATA)
+	$(RUN) -m expunge.benchmarks.speed
+bench-ssd: .venv/.installed ## SSD over its official code: make bench-ssd PEER=path/to/checkout
+	$(RUN) -m expunge.benchmarks.ssd_official --peer $(PEER)
 bench-digits: .venv/.installed ## every method on digits, three seeds
 	$(RUN) -m expunge.benchmarks.tables digits
 bench-cifar: .venv/.installed ## every method on CIFAR-10 (EXPUNGE_DATA), three seeds
@@ -54,4 +60,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test bench bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble format clean
+.PHONY: help install demo test bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble format clean
