@@ -1,6 +1,6 @@
 """kill -9 at random moments and in the middle of writing: a run resumed has the tensors of one that nobody disturbed.
 
-    python -m expunge.benchmarks.kill                        # 24 random moments + 10 while files are written; about 3 minutes
+    python -m expunge.benchmarks.kill                        # 24 random moments + 10 while files are written; about 2 minutes
     python -m expunge.benchmarks.kill --points 60
 
 Every point is a run directory of its own: a process runs `unlearn(case, "salun", run=directory, checkpoint_steps=4)`, is
@@ -111,7 +111,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """One row per killed run, and what the undisturbed run was."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([f"expunge.benchmarks.kill_worker"])
+    server.set_forkserver_preload(["expunge.benchmarks.kill_worker"])
     setup(folder / "original.safetensors")
     worker = Worker.start(server, folder, "undisturbed", epochs, every)
     worker.told.recv()
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = options(NAME, __doc__)
     parser.add_argument("--points", type=int, default=24, help="random moments that hit a working run")
     parser.add_argument("--writes", type=int, default=2 * len(WRITES), help="how many of the faults within a write")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--every", type=int, default=4, help="updates between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--fresh", type=int, default=3, help="runs that are resumed in a new interpreter")

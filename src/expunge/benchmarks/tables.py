@@ -4,8 +4,9 @@
     python -m expunge.benchmarks.tables cifar           # a CIFAR-10 subset, small ResNet with batch norm
     python -m expunge.benchmarks.tables regression      # diabetes, and a second real set
 
-Protocol: each seed trains its own original, gold and second gold; methods get one setting each (digits: chosen on
-another seed by the gold-free rule of `expunge.benchmarks.tune`; the others say theirs); the table gives means with 95% t-intervals over seeds.
+Protocol: each seed trains its own original, gold and second gold; methods get one setting each (digits: chosen on another
+seed by the gold-free rule of `expunge.benchmarks.tune`; the others say theirs); the table gives means with 95% t-intervals
+over seeds.
 """
 
 from __future__ import annotations
