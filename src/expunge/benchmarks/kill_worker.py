@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from expunge.parts.plan import Optimizer, Training
 Fault = tuple[str, int, str]
 """(file, which writing of it, "half" or "unnamed")."""
 
-load_all()  # here, so that the server has it done before it forks
+# Here, so that the server has it done before it forks: all methods, and what torch's optimizers and digits import late.
+load_all()
+import_module("torch._dynamo")
+import_module("sklearn.datasets")
 
 
 def build() -> nn.Module:

@@ -7,6 +7,8 @@ The case is `testbed.cifar_case`'s (ResNet8, forget class 3); methods run by `un
 what the model knows, so the original is trained for `--trained` epochs only. Retraining is not run in full: its time per epoch is
 measured by training fresh models for one epoch before every method and after the last, so that load on the machine meets both,
 and multiplied by the recipe's epochs. The ratio uses the median of the epochs next to the method (at least `--around` of them).
+The utility floor, a safety check of the engine (it evaluates retain rows after every epoch, of the edited model and the original
+for edits), is no part of a method and is off; for the methods with a goal the ratio with it on is given beside.
 How many epochs a retraining takes decides the ratio: ours takes 80, the original of SalUn's paper 182, so both are given.
 """
 
@@ -62,20 +64,21 @@ def run(case: Case, able: dict[str, Method], around: int, repeats: int) -> list[
     """One row per method; short methods are repeated."""
     one_epoch(case, 0)
     epochs: list[float] = []
-    found: list[tuple[str, Method, list[float], list[str], int]] = []
+    found: list[tuple[str, Method, list[float], float | None, int]] = []
     for name, about in able.items():
         epochs += [one_epoch(case, len(epochs) + i) for i in range(2)]
         seconds: list[float] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExpungeWarning)
             while not seconds or (len(seconds) < repeats and sum(seconds) < 4):
-                outcome = expunge.unlearn(case, about.configure())
+                outcome = expunge.unlearn(case, about.configure(), floor=None)
                 seconds.append(outcome.record["cost"]["seconds"])
-        found.append((name, about, seconds, outcome.warnings, len(epochs)))
+            guarded = expunge.unlearn(case, about.configure()).record["cost"]["seconds"] if name in GOALS else None
+        found.append((name, about, seconds, guarded, len(epochs)))
         print(f"{name}: {median(seconds):.1f} s", file=sys.stderr)
     epochs += [one_epoch(case, len(epochs) + i) for i in range(max(2, around - len(epochs)))]
     rows = []
-    for name, about, seconds, told, place in found:
+    for name, about, seconds, guarded, place in found:
         low = max(min(place - around // 2, len(epochs) - around), 0)
         epoch, goal = median(epochs[low : low + around]), GOALS.get(name)
         ratio = median(seconds) / (epoch * case.recipe.epochs)
@@ -83,7 +86,8 @@ def run(case: Case, able: dict[str, Method], around: int, repeats: int) -> list[
             "method": name, "family": about.family, "passes": about.configure().values.get("epochs"), "s": median(seconds),
             "retraining epoch, s": epoch, f"ratio ({case.recipe.epochs} epochs)": ratio,
             f"ratio ({PAPER_EPOCHS} epochs)": median(seconds) / (epoch * PAPER_EPOCHS), "goal": goal,
-            "met": None if goal is None else ratio <= goal, "warned": ", ".join(sorted({w.split(":")[0] for w in told})),
+            "met": None if goal is None else ratio <= goal,
+            "with the floor": None if guarded is None else guarded / (epoch * case.recipe.epochs),
         })  # fmt: skip
     return sorted(rows, key=lambda row: row["s"])
 
