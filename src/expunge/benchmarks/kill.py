@@ -36,6 +36,7 @@ from expunge.files import digest_weights
 from expunge.seeds import generator
 
 NAME = "kill"
+MOST_STARTS = 4
 WRITES = (
     ("checkpoint.safetensors", 1), ("checkpoint.safetensors", 7), ("checkpoint.safetensors", 20), ("model.safetensors", 1),
     ("outcome.json", 1),
@@ -67,11 +68,6 @@ class Worker:
         self.process.join()
         return self.process.exitcode
 
-    def finish(self) -> None:
-        status = self.wait()
-        if status:
-            raise RuntimeError(f"expected the resumed run to end well, found exit status {status}; its error is above")
-
 
 def saved_step(folder: Path, run: str) -> int:
     """The step of the checkpoint that the next start goes on from; 0 without one."""
@@ -97,11 +93,17 @@ def point(
     killed = worker.wait() == -signal.SIGKILL
     resumed, parts = saved_step(folder, run), len(list((folder / run).rglob(".*.part")))
     where = "random moment" if die is None else f"{die[0]}, writing {die[1]}, {die[2]}"
-    if killed:
-        Worker.start(multiprocessing.get_context("spawn") if fresh else server, folder, run, epochs, every).finish()
+    starts = 1
+    while killed and not (folder / run / "outcome.json").exists():
+        if starts == MOST_STARTS:
+            raise RuntimeError(
+                f"expected the run {run} to end after a kill ({where}), found {starts} starts in vain; see above"
+            )
+        Worker.start(multiprocessing.get_context("spawn") if fresh else server, folder, run, epochs, every).wait()
+        starts += 1
     return {
         "killed": where if killed else "(had ended)", "at step": worker.steps[-1] if worker.steps else 0,
-        "went on from step": resumed, "half-written files": parts, "in": "new interpreter" if fresh else "fork",
+        "went on from step": resumed, "half-written files": parts, "starts": starts, "in": "new interpreter" if fresh else "fork",
         "equal": digest_weights(folder / run / "model" / "model.safetensors") == truth,
     }  # fmt: skip
 
@@ -116,7 +118,8 @@ def measure(
     worker = Worker.start(server, folder, "undisturbed", epochs, every)
     worker.told.recv()
     began = time.perf_counter()
-    worker.finish()
+    if status := worker.wait():
+        raise RuntimeError(f"expected the undisturbed run to end well, found exit status {status}; its error is above")
     span = time.perf_counter() - began
     truth = digest_weights(folder / "undisturbed" / "model" / "model.safetensors")
     record = json.loads((folder / "undisturbed" / "outcome.json").read_text())["record"]

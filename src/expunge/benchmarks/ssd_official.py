@@ -204,7 +204,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         f"<= 0.6): with both importances computed, with the stored importance of D, and over the official code with its "
         f"batches made beforehand.\n\n{table(rows)}"
     )
-    publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, body, given.out or None)
+    publish(
+        NAME,
+        spelled(NAME, arguments).replace(str(given.peer), "PEER"),
+        time.perf_counter() - start,
+        body,
+        given.out or None,
+    )
     return rows
 
 
