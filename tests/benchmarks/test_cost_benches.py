@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from expunge.benchmarks import gpu, kill, measuring, memory, overhead, speed, ssd_official
+from expunge.engine.execute import peak_memory_mb
 from expunge.parts.plan import Optimizer
 
 # The official algorithm (Foster et al., eqs. 2-5) written the long way: what `ssd_official` must agree with when no checkout is here.
@@ -70,13 +71,13 @@ def test_the_memory_table_relates_peaks_to_fine_tunings(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("method", ["npo", "control"])
 def test_what_a_memory_worker_runs(method: str) -> None:
     memory.work(method, "2x16", 100, same=True)
-    assert measuring.peak_mb() > 50
+    assert peak_memory_mb() > 50
 
 
 def test_the_peak_of_a_process_does_not_begin_at_its_parents() -> None:
     held = torch.ones(2**27)  # 512 MiB here, none of it in the child
     idle = measuring.in_process("expunge.benchmarks.memory", "--worker", "idle", "--shapes", "2x64", "--rows", "100")
-    assert held.numel() and 100 < idle["peak_mb"] < measuring.peak_mb() - 200
+    assert held.numel() and 100 < idle["peak_mb"] < peak_memory_mb() - 200
 
 
 def test_every_method_of_a_memory_table_moves_by_the_same_optimizer() -> None:

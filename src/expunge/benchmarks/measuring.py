@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -64,20 +63,6 @@ def in_turns(actions: Mapping[str, Callable[[], Any]], rounds: int, warm: bool =
             finally:
                 gc.enable()
     return Times(seconds)
-
-
-def peak_mb() -> float:
-    """High-water mark of this process's resident memory (MiB).
-
-    From the kernel's per-process mark where there is one: `ru_maxrss` of a child starts at its parent's peak on Linux.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def in_process(module: str, *arguments: str) -> dict[str, Any]:

@@ -27,9 +27,10 @@ import torch
 from torch import nn
 
 import expunge
-from expunge.benchmarks.measuring import in_process, options, peak_mb, publish, spelled, table
+from expunge.benchmarks.measuring import in_process, options, publish, spelled, table
 from expunge.benchmarks.testbed import digits, mlp
 from expunge.cases import Case, TensorData, requests
+from expunge.engine.execute import peak_memory_mb
 from expunge.methods.registry import find
 from expunge.parts.plan import Optimizer, Plan, Training
 
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     if given.worker:
         work(given.worker, given.shapes[0], given.rows, given.same)
-        print(json.dumps({"peak_mb": peak_mb()}))
+        print(json.dumps({"peak_mb": peak_memory_mb()}))
         return []
     start = time.perf_counter()
     rows = [row for shape in given.shapes for row in measure(given.methods, shape, given.rows, given.repeats)]

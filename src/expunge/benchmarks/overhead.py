@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.benchmarks.measuring import Times, in_process, in_turns, options, peak_mb, publish, spelled, table
+from expunge.benchmarks.measuring import Times, in_process, in_turns, options, publish, spelled, table
 from expunge.benchmarks.testbed import ResNet8, cifar, digits, mlp
 from expunge.cases import Case, TensorData, requests
+from expunge.engine.execute import peak_memory_mb
 from expunge.engine.loop import run_plan
 from expunge.engine.workbench import Workbench
 from expunge.errors import ExpungeError
@@ -156,7 +157,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         case, _ = setup(given.kind, given.rows, given.epochs)
         if given.worker != "idle":
             {"hand": by_hand, "loop": by_loop}[given.worker](case)
-        print(json.dumps({"peak_mb": peak_mb()}))
+        print(json.dumps({"peak_mb": peak_memory_mb()}))
         return {}
     start = time.perf_counter()
     plans = [(kind, given.rows, given.epochs if kind == "resnet8" else 10 * given.epochs) for kind in given.kinds]

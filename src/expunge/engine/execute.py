@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -211,9 +212,17 @@ def changed_fraction(before: nn.Module, after: nn.Module) -> float:
 
 
 def peak_memory_mb() -> float:
-    """Largest memory so far: of the GPU where there is one, else of this process (MiB)."""
+    """Largest memory so far: of the GPU where there is one, else of this process (MiB).
+
+    From the kernel's mark of this very process where there is one: `ru_maxrss` of a child starts at its parent's peak.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

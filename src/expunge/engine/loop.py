@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from expunge.engine.distribution import Distribution
 from expunge.engine.optimizer import MaskedOptimizer
+from expunge.engine.rhythm import Update, updates_of
 from expunge.engine.workbench import Workbench
 from expunge.errors import BadSetting, CollapsedUtility, ConstantTerm, Diverged, EmptyScope, UnmetNeed
 from expunge.parts.adversaries import Adversary
@@ -39,9 +40,6 @@ from expunge.seeds import derive, generator
 
 if TYPE_CHECKING:
     from expunge.engine.checkpoint import Checkpointer
-
-Update = dict[str, Tensor]
-"""Split name -> row numbers of one update."""
 
 
 @dataclass
@@ -228,7 +226,7 @@ class Phase:
                 groups.append((term.optimizer, [i]))
         return groups
 
-    # -- rhythm ----------------------------------------------------------------------------------------------------
+    # -- weights and rows -------------------------------------------------------------------------------------------
     def _active(self, epoch: int) -> list[int]:
         """Terms with a weight this epoch; which these are does not change within it, so it is worked out once."""
         if self.active_of[0] != epoch:
@@ -244,53 +242,11 @@ class Phase:
             return self.position.multipliers.get(str(i), schedule.start)
         return schedule.at(epoch, self.plan.epochs)
 
-    def _size(self, split: str) -> int:
-        own = [t.batch_size for t in self.plan.terms if t.on == split and t.batch_size is not None]
-        return own[0] if own else self.plan.batch_size
-
     def _updates(self, epoch: int) -> list[Update]:
-        """The rows of every update of an epoch, a function of (seed, epoch) only."""
-        plan = self.plan
-        active = list(dict.fromkeys(plan.terms[i].on for i in self._active(epoch)))
-        names = [n for n in active if len(self.splits[n])]
-
-        def order(name: str, lap: int = 0) -> list[Tensor]:
-            return self._whole(
-                self.splits[name].order(generator(self.seed, "order", epoch, name, lap), self._size(name))
-            )
-
-        if not names:
-            return []
-        if plan.rhythm == "in_turn":
-            return [{name: ids} for name in names for ids in order(name)]
-        if plan.rhythm == "mixed":
-            tags = torch.cat([torch.full((len(self.splits[n]),), k) for k, n in enumerate(names)])
-            rows = torch.cat([self.splits[n].ids for n in names])
-            shuffled = torch.randperm(len(rows), generator=generator(self.seed, "order", epoch, "mixed"))
-            return [
-                {n: rows[part][tags[part] == k] for k, n in enumerate(names) if bool((tags[part] == k).any())}
-                for part in self._whole(list(shuffled.split(plan.batch_size)))
-            ]
-        laps = {name: order(name) for name in names}
-        main = plan.epoch_of if plan.epoch_of in laps else max(laps, key=lambda n: len(laps[n]))
-        length = len(laps[main])
-        for name in names:
-            lap = 0
-            while len(laps[name]) < length:
-                lap += 1
-                laps[name] = laps[name] + order(name, lap)
-        return [{name: laps[name][i] for name in names} for i in range(length)]
-
-    def _whole(self, batches: list[Tensor]) -> list[Tensor]:
-        """Batch norm cannot train on one row: a last batch of one joins the batch before it."""
-        if batches and len(batches[-1]) == 1 and self.plan.mode == "train" and _has_batch_norm(self.network):
-            if len(batches) == 1:
-                raise BadSetting(
-                    "expected at least two rows per batch to train batch norm, found a split of one row; "
-                    "use Plan(mode='eval'), which keeps the running statistics"
-                )
-            return [*batches[:-2], torch.cat(batches[-2:])]
-        return batches
+        """The rows of every update of an epoch."""
+        active = list(dict.fromkeys(self.plan.terms[i].on for i in self._active(epoch)))
+        pairs = self.plan.mode == "train" and _has_batch_norm(self.network)
+        return updates_of(self.plan, self.splits, active, self.seed, epoch, pairs)
 
     # -- running ---------------------------------------------------------------------------------------------------
     def run(self, resumed: Any) -> Halt | None:

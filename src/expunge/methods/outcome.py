@@ -105,7 +105,7 @@ def unlearn(
         configured.check(case)
         action = configured.action(case)
     assert action is not None
-    config = {
+    config: dict[str, Any] = {
         "method": configured.name if configured else "custom",
         "settings": _plain(configured.values) if configured else {},
         "formula": str(action),
@@ -113,11 +113,15 @@ def unlearn(
         "floor": floor,
     }
 
+    def tell(text: str, done: int, total: int) -> None:
+        if report is not None:  # a phase without a name of its own goes by the method's
+            report(config["method"] if text == "model" else f"{config['method']}: {text}", done, total)
+
     def go(directory: RunDirectory | None, identity: str) -> Outcome:
         result = execute(
             action, case, seed=seed, device=device, mixed_precision=mixed_precision, floor=floor, run=directory,
             identity=identity, checkpoint_seconds=checkpoint_seconds, checkpoint_steps=checkpoint_steps, trackers=trackers,
-            state=state, report=report,
+            state=state, report=tell if report is not None else None,
         )  # fmt: skip
         return Outcome(
             result.model,
