@@ -12,8 +12,6 @@ answer does not count.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.benchmarks.measuring import options, publish, spelled, table
 from expunge.cases.data import TensorData
 from expunge.engine.ensemble import Ensemble, fresh_model
 from expunge.engine.stacked_training import member_batches
@@ -116,25 +115,21 @@ def measure(
     }
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(MODELS), default="mlp")
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = options("ensemble_speed", __doc__)
+    parser.add_argument("--model", choices=sorted(MODELS), nargs="+", default=sorted(MODELS, reverse=True))
     parser.add_argument("--models", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=None)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a markdown table")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    row = measure(given.model, given.models, given.epochs, given.repeats, given.device, given.chunk)
-    if given.json:
-        print(json.dumps(row))
-    else:
-        print("| " + " | ".join(row) + " |")
-        print("|" + "---|" * len(row))
-        print("| " + " | ".join(f"{v:.1e}" if k == "largest_difference" else str(v) for k, v in row.items()) + " |")
-    return row
+    began = time.perf_counter()
+    rows = [measure(m, given.models, given.epochs, given.repeats, given.device, given.chunk) for m in given.model]
+    command = spelled("ensemble_speed", arguments)
+    publish("ensemble_speed", command, time.perf_counter() - began, table(rows), given.out or None)
+    return rows
 
 
 if __name__ == "__main__":
