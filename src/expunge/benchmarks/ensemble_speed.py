@@ -5,9 +5,8 @@ on one torch thread: by a bare PyTorch loop, one model after another, and by `En
 of `--repeats`, taken in turns so that other load on the machine meets both. Final weights are compared: a fast wrong
 answer does not count.
 
-    python -m expunge.benchmarks.ensemble_speed                  # MLP 64-64-10, the measured goal: ratio >= 2.5 on CPU
-    python -m expunge.benchmarks.ensemble_speed --model conv     # a small convolutional network
-    python -m expunge.benchmarks.ensemble_speed --json
+    python -m expunge.benchmarks.ensemble_speed                  # MLP 64-64-10 (goal: ratio >= 2.5 on CPU), a small conv net
+    python -m expunge.benchmarks.ensemble_speed --model mlp
 """
 
 from __future__ import annotations
