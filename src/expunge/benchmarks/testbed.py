@@ -128,21 +128,24 @@ CIFAR_RECIPE = Training(
 
 
 @cache
-def cifar(train: int = CIFAR_ROWS, test: int = CIFAR_TEST) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first rows of CIFAR-10 (rows are shuffled on disk), JPEG-decoded, standardised with the subset's own mean and std."""
+def cifar(train: int = CIFAR_ROWS, test: int = CIFAR_TEST, first: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of CIFAR-10 from number `first` on (rows are shuffled on disk), JPEG-decoded, standardised with the subset's own
+    mean and std."""
     parts = []
     for split, count in (("train", train), ("test", test)):
         table = load_data("cifar10", split=split)
-        rows = table.fetch(torch.arange(count))
+        rows = table.fetch(torch.arange(first, first + count))
         parts.append((rows["inputs"].float(), rows["labels"].long()))
     (x, y), (x_test, y_test) = parts
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     return (x - mean) / std, y, (x_test - mean) / std, y_test
 
 
-def cifar_case(seed: int = 0, kind: str = "class", train: int = CIFAR_ROWS, recipe: Training = CIFAR_RECIPE) -> Case:
+def cifar_case(
+    seed: int = 0, kind: str = "class", train: int = CIFAR_ROWS, recipe: Training = CIFAR_RECIPE, first: int = 0
+) -> Case:
     """A small ResNet on a CIFAR-10 subset, trained to fit it; the request is class 3 (cat) or 5% mislabelled rows."""
-    x, y, x_test, y_test = cifar(train)
+    x, y, x_test, y_test = cifar(train, first=first)
     labels, rows = with_wrong_labels(y, train // 20 if kind == "memorised" else 0, 10)
     data = TensorData(inputs=x, labels=labels, clean_labels=y)
     test = TensorData(inputs=x_test, labels=y_test)

@@ -1,6 +1,7 @@
 """One setting per method for the tables, chosen without looking at the gold: `python -m expunge.benchmarks.tune digits`.
 
-Each method gets the same grid of four step sizes (one-shot edits: four strengths) on an original of a seed that no table uses.
+Each method gets the same grid of four step sizes (one-shot edits: four strengths) on an original of a seed that no table uses,
+and for CIFAR-10 on other rows too.
 The rule reads only what an owner has before retraining:
 
     cost = |m(forget) - target| + 10 * max(0, 0.97 - retain utility / original's) + |AUC(forget vs holdout) - 1/2|
@@ -57,6 +58,7 @@ def choose(case: Case, name: str, fixed: dict[str, Any], grid: dict[str, list[An
         try:
             outcome = unlearn(case, name, seed=SEED, floor=None, **{**fixed, key: value})
             found.append(({**fixed, key: value}, cost(case, outcome.model, original)))
+            print(f"  {name} {key}={value}: {found[-1][1]:.3f}", file=sys.stderr, flush=True)
         except ExpungeError as error:
             print(f"{name} {key}={value}: {error}", file=sys.stderr)
     return min(found, key=lambda pair: pair[1] if np.isfinite(pair[1]) else 1e9)
@@ -77,11 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
     for request, study in STUDIES[chosen.study].items():
         if chosen.only and request != chosen.only:
             continue
-        case = study.case(SEED)
+        case = (study.tuning or study.case)(SEED)
         for name, settings in study.methods.items():
             if chosen.methods and name not in chosen.methods.split(","):
                 continue
-            grid = GRIDS.get(name) or {"lr": study.rates.get(name, [0.003, 0.01, 0.03, 0.1])}
+            grid = study.grids.get(name) or GRIDS.get(name) or {"lr": study.rates.get(name, [0.003, 0.01, 0.03, 0.1])}
             fixed = {k: v for k, v in settings.items() if k not in grid}
             best, value = choose(case, name, fixed, grid)
             print(f"{request:10s} {name:18s} {value:.3f} {best}", flush=True)
