@@ -14,7 +14,7 @@ from typing import Any
 from expunge.cases.case import Case
 from expunge.parts import adversaries as players
 from expunge.parts.plan import Action, Edit, Exact, Plan, Training
-from expunge.parts.schedules import Multiplier
+from expunge.parts.schedules import Feedback
 
 
 @dataclass
@@ -63,7 +63,7 @@ def _add(found: Estimate, plan: Plan, sizes: Mapping[str, int]) -> None:
     for epoch in range(plan.epochs):
         active = [
             t for t in plan.terms
-            if isinstance(t.schedule, Multiplier) or t.schedule.at(epoch, plan.epochs) != 0
+            if isinstance(t.schedule, Feedback) or t.schedule.at(epoch, plan.epochs) != 0
         ]  # fmt: skip
         splits = {t.on: sizes.get(t.on, 0) for t in active if sizes.get(t.on, 0)}
         if not splits:

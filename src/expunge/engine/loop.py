@@ -32,7 +32,7 @@ from expunge.errors import BadSetting, CollapsedUtility, ConstantTerm, Diverged,
 from expunge.parts.adversaries import Adversary
 from expunge.parts.plan import Auxiliary, Plan, Term
 from expunge.parts.references import collect_needs
-from expunge.parts.schedules import Multiplier
+from expunge.parts.schedules import Feedback
 from expunge.parts.scopes.base import Everything
 from expunge.parts.step import Joint, Step
 from expunge.parts.stops import Divergence, Halt, Progress, Stop
@@ -60,7 +60,7 @@ class Position:
     epoch: int = 0
     update: int = 0
     step: int = 0
-    multipliers: dict[str, float] = field(default_factory=dict)
+    multipliers: dict[str, Any] = field(default_factory=dict)
     averaged: int = 0
     best_utility: float | None = None
     first_losses: dict[str, float] = field(default_factory=dict)
@@ -182,7 +182,7 @@ class Phase:
         frozen = [n for n, p in self.network.named_parameters() if not p.requires_grad]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "scope"))
-            self.trained = scope.enter(self.network)
+            self.trained = scope.enter(self.network, bench)
         networks = {**bench.networks, self.trained_name: self.trained}
         self.networks = networks
         saved = bench.model
@@ -232,14 +232,14 @@ class Phase:
         if self.active_of[0] != epoch:
             terms = enumerate(self.plan.terms)
             self.active_of = (
-                epoch, [i for i, t in terms if self._weight(i, epoch) != 0 or isinstance(t.schedule, Multiplier)],
+                epoch, [i for i, t in terms if self._weight(i, epoch) != 0 or isinstance(t.schedule, Feedback)],
             )  # fmt: skip
         return self.active_of[1]
 
     def _weight(self, i: int, epoch: int) -> float:
         schedule = self.plan.terms[i].schedule
-        if isinstance(schedule, Multiplier):
-            return self.position.multipliers.get(str(i), schedule.start)
+        if isinstance(schedule, Feedback):
+            return schedule.value(self.position.multipliers.get(str(i), schedule.start))
         return schedule.at(epoch, self.plan.epochs)
 
     def _updates(self, epoch: int) -> list[Update]:
@@ -307,7 +307,7 @@ class Phase:
                 self.best = self._snapshot(self.best)
             if plan.rewind is not None:
                 self.kept.append(self._snapshot())
-                position.kept_values.append(self._measure("forget", plan.rewind.key))
+                position.kept_values.append(plan.rewind.value(self._measure))
         self._rewind()
         return None
 
@@ -316,7 +316,7 @@ class Phase:
         rule = self.plan.rewind
         if rule is None or not self.kept:
             return
-        reference = self._measure("holdout", rule.key)
+        reference = rule.reference(self._measure)
         chosen = rule.choose(self.position.kept_values, reference)
         self.trained.load_state_dict(self.kept[chosen])
         self.bench.note("rewound_to_epoch", chosen + 1)
@@ -387,9 +387,9 @@ class Phase:
                 entry[self.labels[i]] = value
                 self._note_term(i, value)
                 schedule = self.plan.terms[i].schedule
-                if isinstance(schedule, Multiplier):
+                if isinstance(schedule, Feedback):
                     now = self.position.multipliers.get(str(i), schedule.start)
-                    self.position.multipliers[str(i)] = schedule.next(now, value)
+                    self.position.multipliers[str(i)] = schedule.next(now, value, epoch)
         if self.plan.average is not None and self.plan.average.takes(self.position.step + 1):
             self.position.averaged += 1
             with torch.no_grad():
@@ -399,7 +399,7 @@ class Phase:
             "step": self.position.step + 1, "phase": self.number, "epoch": epoch + 1, "losses": entry,
         }  # fmt: skip
         if self.position.multipliers:
-            record["multipliers"] = dict(self.position.multipliers)
+            record["multipliers"] = {i: self._weight(int(i), epoch) for i in self.position.multipliers}
         self.trace.history.append(record)
         if self.log is not None:
             self.log(record)

@@ -27,7 +27,7 @@ class Scope:
         """The mask over the model's named parameters, from the model as it is before the first step."""
         raise NotImplementedError
 
-    def enter(self, model: nn.Module) -> nn.Module:
+    def enter(self, model: nn.Module, workbench: Any) -> nn.Module:
         """What is trained instead of the model (adapters); default: the model itself."""
         return model
 

@@ -20,7 +20,7 @@ class Expanded(Scope):
     does.
     """
 
-    def enter(self, model: nn.Module) -> nn.Module:
+    def enter(self, model: nn.Module, workbench: Any) -> nn.Module:
         head = self._head(model)
         extra = nn.Linear(head.in_features, 1, bias=head.bias is not None).to(head.weight)
         self._resize(

@@ -24,7 +24,7 @@ class LowRank(Scope):
         if self.rank < 1:
             raise BadSetting(f"expected rank >= 1, found {self.rank}; correct it")
 
-    def enter(self, model: nn.Module) -> nn.Module:
+    def enter(self, model: nn.Module, workbench: Any) -> nn.Module:
         peft = need_extra("peft", "adapters")
         names = list(self.targets) or [
             n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n
