@@ -21,6 +21,7 @@ from expunge.cases.data import Split
 from expunge.engine.checkpoint import Checkpointer
 from expunge.engine.distribution import Distribution
 from expunge.engine.loop import Trace, run_plan
+from expunge.engine.measured import after_edit
 from expunge.engine.rundir import RunDirectory
 from expunge.engine.workbench import Workbench
 from expunge.errors import BadSetting, ChangedNothing, CollapsedUtility, UnmetNeed
@@ -149,16 +150,11 @@ def _run_plan(
 
 def _check_floor(bench: Workbench, floor: float | None, trace: Trace) -> None:
     """One-shot edits have no earlier state but the original: below the floor, that is what comes back."""
-    if floor is None:
-        return
-    key = bench.task.utility
-    now, before = bench.evaluate("retain")[key], bench.evaluate("retain", bench.case.model)[key]
-    least = floor * before if before > 0 else before / floor
-    if not now >= least:
+    halt = UtilityFloor(floor).after_epoch(after_edit(bench)) if floor is not None else None
+    if halt is not None:
         bench.model.load_state_dict(bench.case.model.state_dict())
-        trace.restored = True
-        trace.ended = f"utility on retain fell to {now:.4g}, below the floor {least:.4g} (original {before:.4g})"
-        bench.warn(trace.ended + "; the original was restored", CollapsedUtility)
+        trace.restored, trace.ended = True, halt.reason
+        bench.warn(halt.reason + "; the original was restored", CollapsedUtility)
 
 
 def fit(

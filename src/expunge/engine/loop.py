@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.engine.distribution import Distribution
+from expunge.engine.measured import Measured, of_original
 from expunge.engine.optimizer import MaskedOptimizer
 from expunge.engine.rhythm import Update, updates_of
 from expunge.engine.workbench import Workbench
@@ -149,8 +150,7 @@ class Phase:
             name: tuple(sorted({layer for t in plan.terms if t.on == name for layer in t.objective.layers}))
             for name in plan.splits
         }
-        self._measured: dict[tuple[str, str], float] = {}
-        self._original: dict[tuple[str, str], float] = {}
+        self._measure, self._measure_original = Measured(workbench, lambda: self.trained), of_original(workbench)
         self.resumed_mean: list[Tensor] = []
         self.resumed_best: dict[str, Tensor] | None = None
         self.kept: list[dict[str, Tensor]] = []
@@ -299,7 +299,7 @@ class Phase:
                                     total * len(updates))  # fmt: skip
             position.epoch += 1
             position.update = 0
-            self._measured.clear()
+            self._measure.clear()
             halt = self._ask(self.stop.after_epoch)
             if halt is not None:
                 return self._halted(halt)
@@ -342,25 +342,6 @@ class Phase:
         for name, value in state.items():
             into[name].copy_(value)
         return into
-
-    def _measure(self, split: str, key: str) -> float:
-        """A measurement of the model as it is now, over at most 1,000 rows of the split."""
-        return self._evaluated(self.trained, split, key, self._measured)
-
-    def _measure_original(self, split: str, key: str) -> float:
-        return self._evaluated(self.bench.case.model.to(self.bench.device), split, key, self._original)
-
-    def _evaluated(self, model: nn.Module, split: str, key: str, cache: dict[tuple[str, str], float]) -> float:
-        if (split, key) not in cache:
-            if split not in self.bench.splits:
-                self.bench.case.split(split)
-            rows = self.bench.splits[split]
-            if len(rows) > 1000:
-                rows = rows.sample(1000, generator(self.bench.seed, "measure", split))
-            values = self.bench.evaluate(rows, model)
-            values["utility"] = values[self.bench.task.utility]
-            cache.update({(split, name): value for name, value in values.items()})
-        return cache[(split, key)]
 
     # -- one update ------------------------------------------------------------------------------------------------
     def _one(self, update: Update, updates_per_epoch: int) -> Halt | None:
