@@ -17,14 +17,19 @@ from torch import nn
 from expunge.audits.base import Measured
 from expunge.audits.metrics.intervals import RESAMPLES, bootstrap, mean, wilson
 from expunge.audits.passes import Pass, run_pass
+from expunge.cases.data import Split
 from expunge.errors import BadSetting, ExpungeError, MissingGold, UnmetNeed, nearest
 
 if TYPE_CHECKING:
     from expunge.cases.case import Case
-    from expunge.cases.data import Split
 
 SUBJECTS = ("original", "unlearned", "retrained", "floor", "untrained")
 COMPARED = ("original", "unlearned", "retrained", "floor")
+PROBE = "probe:"
+"""Before the name of a probe table, as a need and as a split: `probe:forget_perturbed`."""
+PROBE_NEED = (
+    "expected the case to have the probe table '{probe}', found {probes}; pass Case(probes={{'{probe}': data}})"
+)
 
 NEEDS: dict[str, str] = {
     "retrained": "expected a model retrained without the forget data, found none; pass Subjects(..., retrained=...), "
@@ -119,9 +124,13 @@ class Subjects:
         """A sentence with the remedy if the need is not met, else None."""
         if need in ("original", "unlearned"):
             return None
+        if need.startswith(PROBE):
+            probe, probes = need.removeprefix(PROBE), self.case.probes
+            met = probe in probes and len(probes[probe]) > 0
+            return None if met else PROBE_NEED.format(probe=probe, probes=", ".join(probes) or "none")
         if need not in NEEDS:
             raise BadSetting(
-                f"expected a need, one of {', '.join(NEEDS)}, found '{need}'.{nearest(need, NEEDS)} Use one of them."
+                f"expected a need, one of {', '.join(NEEDS)}, probe:NAME, found '{need}'.{nearest(need, NEEDS)} Use one of them."
             )
         if need == "untrained":
             met = self._make_untrained()
@@ -151,16 +160,26 @@ class Subjects:
         return "untrained" in self.models
 
     # -- passes ----------------------------------------------------------------------------------------------------
+    def split(self, name: str) -> Split:
+        """A split of the case, or all rows of a probe table (`probe:forget_perturbed`)."""
+        if not name.startswith(PROBE):
+            return self.case.split(name)
+        data = self.case.probe(name.removeprefix(PROBE))
+        return Split(name, data, torch.arange(len(data)))
+
+    def over(self, what: Any, subject: str, split: str | Split, run: Callable[[nn.Module, Split], Any]) -> Any:
+        """`run(model, split)` of a subject over a split (by name, or any `Split`), once and kept under the name `what`."""
+
+        def make() -> Any:
+            return run(self.model(subject), self.split(split) if isinstance(split, str) else split)
+
+        return self.memo(("over", what, subject, split if isinstance(split, str) else _Same(split)), make)
+
     def passed(self, subject: str, split: str | Split) -> Pass:
         """The pass of a subject over a split (by name, or any `Split`), run once and kept."""
-        return self.memo(
-            ("pass", subject, split if isinstance(split, str) else _Same(split)),
-            lambda: self._run(subject, split),
+        return self.over(
+            "pass", subject, split, lambda model, rows: run_pass(self.task, model, rows, self.seed, self.batch_size)
         )
-
-    def _run(self, subject: str, split: str | Split) -> Pass:
-        where = self.case.split(split) if isinstance(split, str) else split
-        return run_pass(self.task, self.model(subject), where, self.seed, self.batch_size)
 
     def signals(self, subject: str, split: str | Split) -> dict[str, np.ndarray]:
         """Signal -> (n,), higher means more likely a member."""
@@ -277,10 +296,10 @@ class Subjects:
         return Measured(values, intervals)
 
     def share(self, other: Subjects) -> None:
-        """Take over the passes of all models but the unlearned one, from an audit of the same references."""
+        """Take over what ran over splits of all models but the unlearned one, from an audit of the same references."""
         for key, value in other._memory.items():
-            passed = isinstance(key, tuple) and key[0] == "pass" and key[1] != "unlearned"
-            if passed and self.models.get(key[1]) is other.models.get(key[1]):
+            ran = isinstance(key, tuple) and key[0] == "over" and key[2] != "unlearned"
+            if ran and self.models.get(key[2]) is other.models.get(key[2]):
                 self._memory[key] = value
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
