@@ -3,12 +3,24 @@
 from expunge.parts import adversaries, balances, objectives, schedules, scopes, stops
 from expunge.parts.adversaries import average, curvature, gradient_penalty, pgd, sam, smooth
 from expunge.parts.balances import aggregate, project
+from expunge.parts.latents import latent
 from expunge.parts.objectives import (
     anchor,
     ascend,
+    at_choices,
     beside,
+    ceu,
     class_noise,
+    clean,
+    dpo,
     fit,
+    flat,
+    flatten_logits,
+    from_uniform,
+    hold,
+    instead,
+    inverted_hinge,
+    kto,
     l1,
     l2,
     last_output,
@@ -18,6 +30,12 @@ from expunge.parts.objectives import (
     nearest_class,
     npo,
     relabel,
+    satimp,
+    simnpo,
+    steer,
+    undial,
+    unlikelihood,
+    weighted_ascent,
     worst_inputs,
 )
 from expunge.parts.plan import Auxiliary, Edit, Exact, Guard, Optimizer, Plan, Protection, Term, Training
@@ -42,10 +60,12 @@ from expunge.parts.stops import divergence, forget_reaches_holdout, steps, utili
 
 __all__ = [
     "Auxiliary", "Constant", "Decay", "Edit", "Exact", "Guard", "Multiplier", "Optimizer", "Plan", "Protection",
-    "Rise", "Term", "Training", "Until", "adversaries", "aggregate", "anchor", "ascend", "average", "balances",
-    "beside", "class_noise", "curvature", "divergence", "everything", "expanded", "fisher_ratio", "fit",
-    "forget_reaches_holdout", "gradient_penalty", "l1", "l2", "largest", "last_layers", "last_output", "layers",
-    "leave", "low_rank", "match", "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned",
-    "random_weights", "redrawn", "relabel", "rewind", "salient", "sam", "schedules", "scopes", "smooth",
-    "soft_threshold", "steps", "stops", "unpruned", "utility_floor", "worst_inputs",
+    "Rise", "Term", "Training", "Until", "adversaries", "aggregate", "anchor", "ascend", "at_choices", "average",
+    "balances", "beside", "ceu", "class_noise", "curvature", "divergence", "dpo", "everything", "expanded",
+    "fisher_ratio", "fit", "flat", "flatten_logits", "forget_reaches_holdout", "from_uniform", "gradient_penalty",
+    "hold", "instead", "inverted_hinge", "kto", "l1", "l2", "largest", "last_layers", "last_output", "latent", "layers", "leave",
+    "low_rank", "match", "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned",
+    "random_weights", "redrawn", "relabel", "rewind", "salient", "sam", "satimp", "schedules", "scopes", "simnpo",
+    "smooth", "soft_threshold", "steer", "steps", "stops", "undial", "unlikelihood", "unpruned", "utility_floor",
+    "weighted_ascent", "worst_inputs",
 ]  # fmt: skip

@@ -2,14 +2,30 @@
 
 from expunge.parts.objectives.base import Objective
 from expunge.parts.objectives.boundary import last_output, nearest_class
+from expunge.parts.objectives.choices import (
+    at_choices,
+    ceu,
+    flatten_logits,
+    from_uniform,
+    inverted_hinge,
+    satimp,
+    undial,
+    unlikelihood,
+    weighted_ascent,
+)
 from expunge.parts.objectives.likelihood import ascend, fit
 from expunge.parts.objectives.match import attention, leave, match, match_features
 from expunge.parts.objectives.noise import beside, class_noise, worst_inputs
+from expunge.parts.objectives.pairs import flat
 from expunge.parts.objectives.penalties import anchor, l1, l2
-from expunge.parts.objectives.preference import npo, npo_loss
+from expunge.parts.objectives.preference import dpo, kto, npo, npo_loss, simnpo
 from expunge.parts.objectives.relabel import relabel
+from expunge.parts.objectives.steering import hold, steer
+from expunge.parts.objectives.wrapped import clean, instead
 
 __all__ = [
-    "Objective", "anchor", "ascend", "attention", "beside", "class_noise", "fit", "l1", "l2", "last_output", "leave", "match",
-    "match_features", "nearest_class", "npo", "npo_loss", "relabel", "worst_inputs",
+    "Objective", "anchor", "ascend", "at_choices", "attention", "beside", "ceu", "class_noise", "clean", "dpo", "fit", "flat",
+    "flatten_logits", "from_uniform", "hold", "instead", "inverted_hinge", "kto", "l1", "l2", "last_output", "leave", "match",
+    "match_features", "nearest_class", "npo", "npo_loss", "relabel", "satimp", "simnpo", "steer", "undial",
+    "unlikelihood", "weighted_ascent", "worst_inputs",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from expunge.tasks.base import PerExample
+from expunge.tasks.base import Batch, Output, PerExample
 
 if TYPE_CHECKING:
     from expunge.parts.step import Step
@@ -34,3 +34,11 @@ class Objective:
 
     def __str__(self) -> str:
         return type(self).__name__.lower()
+
+
+def answered(step: Step, batch: Batch) -> Output:
+    """The model's output on the step's batch with other answers. Where an answer is no input (a classifier's label), the
+    inputs are the step's own tensor and so is the output; a language model reads the answer, and runs again."""
+    name = step.task.input
+    own = name in batch.columns and batch[name] is step.batch[name]
+    return step.output if own else step.forward(batch)

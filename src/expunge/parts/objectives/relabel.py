@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from expunge.errors import BadSetting
-from expunge.parts.objectives.base import Objective
+from expunge.parts.objectives.base import Objective, answered
+from expunge.parts.objectives.choices import averaged, check_average
 from expunge.parts.step import Step
 from expunge.seeds import generator
 from expunge.tasks.base import PerExample
@@ -18,8 +19,10 @@ from expunge.tasks.base import PerExample
 class Relabel(Objective):
     policy: str = "other"
     draw: str = "step"
+    average: str = "examples"
 
     def __post_init__(self) -> None:
+        check_average(self.average)
         if self.draw not in ("step", "once"):
             raise BadSetting(f"expected draw to be 'step' or 'once', found {self.draw!r}; choose one")
 
@@ -27,6 +30,11 @@ class Relabel(Objective):
         """With draw="once": a new answer for every row of the split, drawn before the first step."""
         if self.draw == "step":
             return None
+        if workbench.task.ragged:
+            raise BadSetting(
+                f"expected answers of one size to keep one for every row, found {workbench.task.name}, whose answers differ "
+                "in length; use draw='step', which draws them anew"
+            )
         rows = workbench.splits[split]
         labels_of = workbench.task.labels
         table: torch.Tensor | None = None
@@ -45,16 +53,18 @@ class Relabel(Objective):
         else:
             table = step.scratch["memory"]
             batch = step.batch.with_columns(**{task.labels: table[step.batch.ids].to(step.batch[task.labels])})  # type: ignore[attr-defined]
-        return task.loss(step.output, batch)
+        loss = task.loss(answered(step, batch), batch)
+        return loss if self.average == "examples" else averaged(loss, task.choices(batch), self.average)
 
     def __str__(self) -> str:
         return f"relabel({self.policy}{', once' if self.draw == 'once' else ''})"
 
 
-def relabel(policy: str = "other", draw: str = "step") -> Objective:
-    """Fit an answer drawn at random (Amnesiac, SalUn's forget term, Gaussian-Amnesiac on regression).
+def relabel(policy: str = "other", draw: str = "step", average: str = "examples") -> Objective:
+    """Fit an answer drawn at random (Amnesiac, SalUn's forget term, Gaussian-Amnesiac on regression, refusals in language).
 
-    policy: the task's way to draw, for classification "other" (uniform over the wrong classes) or "uniform" (over all).
-    draw: anew at every "step", or "once" per run.
+    policy: the task's way to draw, for classification "other" (uniform over the wrong classes) or "uniform" (over all); for
+    language "refusal", "other" (another row's answer), "random" (tokens) or "alternates".
+    draw: anew at every "step", or "once" per run. average: over "examples", or over the "tokens" of the new answers.
     """
-    return Relabel(policy, draw)
+    return Relabel(policy, draw, average)
