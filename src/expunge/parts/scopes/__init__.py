@@ -14,11 +14,14 @@ from expunge.parts.scopes.base import (
     unpruned,
 )
 from expunge.parts.scopes.expanded import expanded
+from expunge.parts.scopes.experts import experts
+from expunge.parts.scopes.fila import fisher_low_rank
 from expunge.parts.scopes.low_rank import low_rank
 from expunge.parts.scopes.pruning import pruned
 from expunge.parts.scopes.redrawn import redrawn
+from expunge.parts.scopes.tracing import blocks, traced
 
 __all__ = [
-    "Mask", "Scope", "everything", "expanded", "fisher_ratio", "largest", "last_layers", "layers", "low_rank", "pruned",
-    "random_weights", "redrawn", "salient", "top_share", "unpruned",
+    "Mask", "Scope", "blocks", "everything", "expanded", "experts", "fisher_low_rank", "fisher_ratio", "largest",
+    "last_layers", "layers", "low_rank", "pruned", "random_weights", "redrawn", "salient", "top_share", "traced", "unpruned",
 ]  # fmt: skip
