@@ -1,8 +1,8 @@
 """How much faster models train together than one after another, on scikit-learn's real digits.
 
 The same 64 shadow models (random halves of 1000 digits, batch 64, SGD with momentum) are trained twice in one process
-on one torch thread: by a bare PyTorch loop, one model after another, and by `Ensemble.train`. Both times are the best
-of `--repeats`, taken in turns so that other load on the machine meets both. Final weights are compared: a fast wrong
+on one torch thread: by a bare PyTorch loop, one model after another, and by `Ensemble.train`. Both times (of the processor,
+on CPU) are the best of `--repeats`, taken in turns so that other load on the machine meets both. Final weights are compared: a fast wrong
 answer does not count.
 
     python -m expunge.benchmarks.ensemble_speed                  # MLP 64-64-10 (goal: ratio >= 2.5 on CPU), a small conv net
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.benchmarks.measuring import options, publish, spelled, table
+from expunge.benchmarks.measuring import clock_of, options, publish, spelled, table
 from expunge.cases.data import TensorData
 from expunge.engine.ensemble import Ensemble, fresh_model
 from expunge.engine.stacked_training import member_batches
@@ -67,7 +67,8 @@ def measure(
     device: str = "cpu",
     chunk: int | None = None,
 ) -> dict[str, Any]:
-    """One row: {model, models, device, sequential_s, vectorised_s, ratio, largest_difference}; seconds of wall time."""
+    """One row: {model, models, device, sequential_s, vectorised_s, ratio, largest_difference}; seconds of processor
+    time on CPU, of wall time elsewhere."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -76,7 +77,7 @@ def measure(
     rng = torch.Generator().manual_seed(0)
     members = [torch.randperm(1000, generator=rng)[:500] for _ in range(models)]
     training = Training(epochs=epochs, batch_size=64, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9))
-    build = MODELS[kind]
+    build, clock = MODELS[kind], clock_of(device)
 
     def together() -> Ensemble:
         return Ensemble.train(
@@ -84,11 +85,11 @@ def measure(
         )  # fmt: skip
 
     def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-        start = time.perf_counter()
+        start = clock()
         result = action()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        return time.perf_counter() - start, result
+        return clock() - start, result
 
     together()  # the first call pays for torch.func's own set-up
     sequential, vectorised = [], []

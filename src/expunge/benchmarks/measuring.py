@@ -1,7 +1,9 @@
 """What the cost benches share: times taken in turns, the peak memory of a process of its own, and the table that is written.
 
 Other work on the machine must meet both sides of a ratio alike, so actions are timed in turns (A B A B ...), and the ratio is
-the median of the rounds' ratios. Peak memory is a process's own high-water mark, so each side gets a fresh process.
+the median of the rounds' ratios. On CPU times are processor time, which on one thread is the time that a quiet machine would
+take: what the process waits while others run is not counted. Peak memory is a process's own high-water mark, so each side gets a
+fresh process.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from expunge.engine.rundir import machine, versions
 from expunge.files import write_atomic
 
 
@@ -42,7 +45,17 @@ class Times:
         return min(ratios), max(ratios)
 
 
-def in_turns(actions: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = True) -> Times:
+Clock = Callable[[], float]
+
+
+def clock_of(device: str) -> Clock:
+    """Processor time on CPU, wall time elsewhere."""
+    return time.process_time if device == "cpu" else time.perf_counter
+
+
+def in_turns(
+    actions: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = True, clock: Clock = time.perf_counter
+) -> Times:
     """Time every action once per round, one after the other; odd rounds run in reverse order. warm: an untimed round first.
 
     Garbage is collected before each and collection is off inside, as `timeit` does: a cycle that one side leaves must not be
@@ -57,9 +70,9 @@ def in_turns(actions: Mapping[str, Callable[[], Any]], rounds: int, warm: bool =
             gc.collect()
             gc.disable()
             try:
-                start = time.perf_counter()
+                start = clock()
                 actions[name]()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
             finally:
                 gc.enable()
     return Times(seconds)
@@ -95,10 +108,10 @@ def publish(name: str, command: str, seconds: float, body: str, out: str | None)
     """Print the table, and write it with its command, versions and machine to `out`/<name>.md (None: print only)."""
     print(body)
     if out is not None:
-        from expunge.benchmarks.tables import heading
-
-        head = heading(name, command, seconds).replace(
-            "Means over seeds, ± half a 95% t-interval; cost is time over retraining's.\n\n", "\n"
+        where, told = machine(), ", ".join(f"{k} {v}" for k, v in versions().items())
+        head = (
+            f"# {name}\n\nMade by `{command}` in {seconds:.0f} s.\n{told}.\n{where['cores']} cores ({where['processor']}), "
+            f"GPU: {where['gpu'] or 'none'}, {where['threads']} torch thread(s) per process.\n\n"
         )
         write_atomic(Path(out) / f"{name}.md", head + body)
 

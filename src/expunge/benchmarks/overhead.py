@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.benchmarks.measuring import Times, in_process, in_turns, options, publish, spelled, table
+from expunge.benchmarks.measuring import Times, clock_of, in_process, in_turns, options, publish, spelled, table
 from expunge.benchmarks.testbed import ResNet8, cifar, digits, mlp
 from expunge.cases import Case, TensorData, requests
 from expunge.engine.execute import peak_memory_mb
@@ -112,7 +112,9 @@ def measure(kind: str, rows: int, epochs: int, rounds: int, device: str = "cpu")
 
         return action
 
-    times: Times = in_turns({"loop": timed("loop", by_loop), "hand": timed("hand", by_hand)}, rounds)
+    times: Times = in_turns(
+        {"loop": timed("loop", by_loop), "hand": timed("hand", by_hand)}, rounds, clock=clock_of(device)
+    )
     updates = epochs * -(-rows // case.recipe.batch_size)
     low, high = times.range("loop", "hand")
     return {
@@ -164,7 +166,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     speed = [measure(*plan, given.rounds) for plan in plans]
     space = [memory(*plan) for plan in plans]
     body = (
-        f"Time, median of {given.rounds} rounds in turns; goal for resnet8: ratio <= 1.05.\n\n{table(speed)}\n"
+        f"Processor time, median of {given.rounds} rounds in turns; goal for resnet8: ratio <= 1.05.\n\n{table(speed)}\n"
         f"Peak memory of a process of its own (idle: imports and builds the case); goal: ratio <= 1.05.\n\n{table(space)}"
     )
     publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, body, given.out or None)

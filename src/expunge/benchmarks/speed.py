@@ -7,8 +7,9 @@ The case is `testbed.cifar_case`'s (ResNet8, forget class 3); methods run by `un
 what the model knows, so the original is trained for `--trained` epochs only. Retraining is not run in full: its time per epoch is
 measured by training fresh models for one epoch before every method and after the last, so that load on the machine meets both,
 and multiplied by the recipe's epochs. The ratio uses the median of the epochs next to the method (at least `--around` of them).
-The utility floor, a safety check of the engine (it evaluates retain rows after every epoch, of the edited model and the original
-for edits), is no part of a method and is off; for the methods with a goal the ratio with it on is given beside.
+Seconds are processor time on one thread (`measuring.py`), of the whole call of `unlearn`.
+The utility floor, a safety check of the engine, is no part of a method and is off; for the methods with a goal the ratio with it
+on, as `unlearn` has it by default, is given beside.
 How many epochs a retraining takes decides the ratio: ours takes 80, the original of SalUn's paper 182, so both are given.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -55,9 +57,14 @@ def served(case: Case, only: list[str] | None) -> tuple[dict[str, Method], dict[
 
 def one_epoch(case: Case, seed: int) -> float:
     """Seconds of one epoch of retraining."""
-    start = time.perf_counter()
-    fit(case, "retain", seed, recipe=replace(case.recipe, epochs=1))
-    return time.perf_counter() - start
+    return spent(lambda: fit(case, "retain", seed, recipe=replace(case.recipe, epochs=1)))
+
+
+def spent(action: Callable[[], object]) -> float:
+    """Seconds of processor time."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
 
 
 def run(case: Case, able: dict[str, Method], around: int, repeats: int) -> list[dict[str, Any]]:
@@ -68,13 +75,14 @@ def run(case: Case, able: dict[str, Method], around: int, repeats: int) -> list[
     for name, about in able.items():
         epochs += [one_epoch(case, len(epochs) + i) for i in range(2)]
         seconds: list[float] = []
+        guarded: list[float] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExpungeWarning)
             while not seconds or (len(seconds) < repeats and sum(seconds) < 4):
-                outcome = expunge.unlearn(case, about.configure(), floor=None)
-                seconds.append(outcome.record["cost"]["seconds"])
-            guarded = expunge.unlearn(case, about.configure()).record["cost"]["seconds"] if name in GOALS else None
-        found.append((name, about, seconds, guarded, len(epochs)))
+                seconds.append(spent(lambda: expunge.unlearn(case, about.configure(), floor=None)))
+                if name in GOALS:
+                    guarded.append(spent(lambda: expunge.unlearn(case, about.configure())))
+        found.append((name, about, seconds, median(guarded) if guarded else None, len(epochs)))
         print(f"{name}: {median(seconds):.1f} s", file=sys.stderr)
     epochs += [one_epoch(case, len(epochs) + i) for i in range(max(2, around - len(epochs)))]
     rows = []
@@ -88,6 +96,7 @@ def run(case: Case, able: dict[str, Method], around: int, repeats: int) -> list[
             f"ratio ({PAPER_EPOCHS} epochs)": median(seconds) / (epoch * PAPER_EPOCHS), "goal": goal,
             "met": None if goal is None else ratio <= goal,
             "with the floor": None if guarded is None else guarded / (epoch * case.recipe.epochs),
+            "met with it": None if guarded is None or goal is None else guarded / (epoch * case.recipe.epochs) <= goal,
         })  # fmt: skip
     return sorted(rows, key=lambda row: row["s"])
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 import expunge
-from expunge.benchmarks.measuring import in_turns, options, publish, spelled, table
+from expunge.benchmarks.measuring import clock_of, in_turns, options, publish, spelled, table
 from expunge.benchmarks.overhead import cifar_rows
 from expunge.benchmarks.testbed import ResNet8, digits, mlp
 from expunge.cases import Case, TensorData, requests
@@ -165,7 +165,7 @@ def measure(peer: Any, kind: str, rows: int, epochs: int, rounds: int, alpha: fl
     times = in_turns({
         "official": theirs.request, "official, batches ready": lambda: theirs.request(*ready),
         "request": lambda: ours({}), "stored": lambda: ours(first.state),
-    }, rounds)  # fmt: skip
+    }, rounds, clock=clock_of("cpu"))  # fmt: skip
     model, masks = theirs.request()
     bench = ours({})
     of_all, of_forget = bench.state["importance"], Workbench(case, copy.deepcopy(case.model)).importance(
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     peer, start = official(given.peer), time.perf_counter()
     rows = [measure(peer, k, given.rows, given.epochs, given.rounds, given.alpha, given.lam) for k in given.kinds]
     body = (
-        "Columns `request`, `stored` and `passes` are times of ours over the official code's (median of rounds in turns; goal "
+        "Columns `request`, `stored` and `passes` are processor times of ours over the official code's (median of rounds in turns; goal "
         f"<= 0.6): with both importances computed, with the stored importance of D, and over the official code with its "
         f"batches made beforehand.\n\n{table(rows)}"
     )
