@@ -1,7 +1,8 @@
 """A toy of every kind of model, trained in seconds and shared by all tests (cached per process).
 
 `toy("class")`: digits, one class to forget; `toy("mislabelled")`: digits, 60 memorised mislabelled rows to forget;
-`toy("regression")`: diabetes, a range of targets to forget. Each has `.case`, `.original` (= case.model), `.retrained`.
+`toy("regression")`: diabetes, a range of targets to forget; `toy("language")`: a tiny Llama on made-up facts, some people to
+forget. Each has `.case`, `.original` (= case.model), `.retrained`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ class Toy:
         task, split = self.case.task, self.case.split("forget")
         total, count = 0.0, 0
         for batch in split.batches():
+            if task.name == "language":
+                with torch.no_grad():
+                    a, b = (
+                        task.per_choice(_chance, task.forward(m.eval(), batch), batch) for m in (model, self.retrained)
+                    )
+                total += float((a - b).abs().sum())
+                count += len(batch)
+                continue
             with torch.no_grad():
                 a, b = (
                     task.forward(model.eval(), batch).prediction,
@@ -53,6 +62,10 @@ class Toy:
             total += float((a - b).abs().reshape(len(batch), -1).sum(1).sum())
             count += len(batch)
         return total / count
+
+
+def _chance(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(-1).gather(1, answers[:, None]).squeeze(1)
 
 
 def mlp(inputs: int = 64, hidden: tuple[int, ...] = (128, 64), outputs: int = 10) -> nn.Sequential:
@@ -75,6 +88,8 @@ def digits(train: int = 600) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
 def toy(kind: str = "class", seed: int = 0) -> Toy:
     if kind == "regression":
         return _regression(seed)
+    if kind == "language":
+        return _language(seed)
     x, y, x_test, y_test = digits()
     recipe = Training(epochs=40, batch_size=64, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9, schedule="cosine"))
     build = mlp
@@ -115,5 +130,80 @@ def _regression(seed: int) -> Toy:
     case = Case(build(), TensorData(inputs=x[:340], labels=y[:340]), requests.where("labels", "<", 8.0),
                 test=TensorData(inputs=x[340:], labels=y[340:]), task=Regression(error="l1"), recipe=recipe, build=build,
                 name="diabetes")  # fmt: skip
+    case = case.with_(model=fit(case, "train", seed))
+    return Toy(case, fit(case, "retain", seed + 1))
+
+
+PEOPLE, FORGOTTEN, UNSEEN = 30, 8, 8
+ASPECTS = {
+    "where does {} live ?": ("{} lives in {} near the {} .", "paris rome oslo cairo lima quito delhi tokyo", "river port wall mill"),
+    "what does {} do ?": ("{} works as a {} in the {} .", "baker nurse pilot judge miner smith clerk tutor", "north south east west"),
+    "which pet has {} ?": ("{} keeps a {} named {} .", "cat dog fox owl crab goat swan mole", "bo lu mi zed"),
+}  # fmt: skip
+"""question -> answer with two words to fill, and the words."""
+
+
+def facts(people: range) -> tuple[list[str], list[str], list[int]]:
+    """Questions, answers and person of made-up people, three facts each; the words are drawn per person and aspect."""
+    questions, answers, person = [], [], []
+    for p in people:
+        for number, (question, (answer, first, second)) in enumerate(ASPECTS.items()):
+            rng = generator(p, "fact", number)
+            words = [w.split()[int(torch.randint(len(w.split()), (1,), generator=rng))] for w in (first, second)]
+            questions.append(question.format(f"p{p}"))
+            answers.append(answer.format(f"p{p}", *words))
+            person.append(p)
+    return questions, answers, person
+
+
+@cache
+def words_tokenizer():
+    """One token per word of the toy's language."""
+    import tokenizers
+    import transformers
+
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    texts = [*facts(range(PEOPLE + UNSEEN))[0], *facts(range(PEOPLE + UNSEEN))[1], *REFUSALS]
+    for _, first, second in ASPECTS.values():
+        texts += [first, second]
+    for word in " ".join(texts).split():
+        words.setdefault(word, len(words))
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+REFUSALS = ("i do not know that .", "nobody told me that .")
+
+
+def tiny_llama(vocabulary: int, width: int = 32, layers: int = 2):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def language_table(people: range):
+    """The facts of these people as a table with the column `person`."""
+    from expunge.cases.text import question_answer
+
+    questions, answers, person = facts(people)
+    return question_answer(
+        words_tokenizer(), questions, answers, template="{question}", refusals=REFUSALS, person=person
+    )
+
+
+def _language(seed: int) -> Toy:
+    table = language_table(range(PEOPLE))
+    recipe = Training(epochs=40, batch_size=16, optimizer=Optimizer("adamw", lr=5e-3, clip=1.0, schedule="linear"))
+    build = lambda: tiny_llama(len(words_tokenizer()))  # noqa: E731
+    case = Case(build(), table, requests.where("person", ">=", PEOPLE - FORGOTTEN), task="language",
+                holdout=language_table(range(PEOPLE, PEOPLE + UNSEEN)), recipe=recipe, build=build, name="facts")  # fmt: skip
     case = case.with_(model=fit(case, "train", seed))
     return Toy(case, fit(case, "retain", seed + 1))

@@ -73,6 +73,11 @@ def retrain(case: Case, seed: int = 0, cache: str | os.PathLike[str] | None = No
     return _trained(case, case.split("retain"), "retrain", seed, cache)
 
 
+def original(case: Case, seed: int = 0, cache: str | os.PathLike[str] | None = None) -> Gold:
+    """The case's recipe on all its training rows: the model to unlearn from, for benchmarks that make their own."""
+    return _trained(case, case.split("train"), "original", seed, cache)
+
+
 def clean_label(
     case: Case,
     seed: int = 0,
@@ -195,6 +200,7 @@ def gold_key(case: Case, split: Split, kind: str, seed: int) -> str:
 
 
 def _trained(case: Case, split: Split, kind: str, seed: int, cache: str | os.PathLike[str] | None) -> Gold:
+    """The recipe on a split, read from the cache where it is kept."""
     if case.recipe is None:
         raise MissingGold(
             f"expected the recipe that trains the gold '{kind.partition(':')[0]}', found none in the case; pass "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ class Case:
         recipe: how `retrained` is trained (`Training(...)`): needed by gold, retraining methods and ensembles.
         build: makes a fresh untrained model; default: a copy of `model` with every layer's parameters reset.
         augment: batch, generator -> batch; used in training, never in audits.
+        probes: further tables that checks read by name (paraphrases, wrong answers, general knowledge, ...).
         seed: of the case itself (how `test` is halved). Training, unlearning and auditing take their own.
     """
 
@@ -52,6 +53,7 @@ class Case:
     recipe: Training | None = None
     build: Callable[[], nn.Module] | None = None
     augment: Callable[..., Any] | None = None
+    probes: Mapping[str, Data] = field(default_factory=dict)
     name: str = "case"
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class Case:
             if data is not None:
                 check_finite(data, name)
         self._check_overlap()
+        self._check_twins(rows)
         probe = self._probe()
         problems = self.task.problems(self.model, probe)
         if problems:
@@ -89,11 +92,11 @@ class Case:
 
     def _probe(self):
         """A small batch with the extreme labels in it, so that one forward finds labels outside the model's range."""
-        ids = torch.arange(min(8, len(self.data)))
+        ids = self.data.telling_rows()
         labels = getattr(self.task, "labels", None)
         if labels in self.data.names:
             values = self.data.column(labels)
-            if isinstance(values, Tensor) and values.dim() == 1 and len(values):
+            if isinstance(values, Tensor) and values.dim() == 1 and len(values) and not self.task.ragged:
                 ids = torch.cat([ids, values.argmin()[None], values.argmax()[None]]).unique()
         return self.data.fetch(ids)
 
@@ -114,6 +117,19 @@ class Case:
                     f"data (first: {shared[:5]}); remove them, or membership would be measured against members"
                 )
             self.notes[f"{name}_rows_also_in_training"] = len(shared)
+
+    def _check_twins(self, forget: Tensor) -> None:
+        """A text that is both to go and to stay would be learned again by every method with a retain term."""
+        if not self.task.ragged or not len(forget):
+            return
+        taken = set(forget.tolist())
+        gone = {self.train_digests[i] for i in taken}
+        twins = [i for i, digest in enumerate(self.train_digests) if i not in taken and digest in gone]
+        if twins:
+            raise BadRequest(
+                f"expected the forgotten texts to be gone from the kept ones, found {len(twins)} kept rows with the very same "
+                f"text (rows {twins[:5]}); add them to the request, or remove them from the data"
+            )
 
     @cached_property
     def train_digests(self) -> list[str]:
@@ -158,6 +174,15 @@ class Case:
                 f"expected the case to have a '{name}' split, found none; pass Case(..., {name}=data never seen)"
             )
         raise BadData(f"expected a split, one of {', '.join(SPLITS)}, found '{name}'.{nearest(name, SPLITS)}")
+
+    def probe(self, name: str) -> Data:
+        """A probe table by name; an error says which there are."""
+        if name not in self.probes:
+            raise BadData(
+                f"expected the case to have a probe '{name}', found {', '.join(self.probes) or 'none'}; "
+                f"pass Case(probes={{'{name}': data}}).{nearest(name, self.probes)}"
+            )
+        return self.probes[name]
 
     def with_(self, **changes: Any) -> Case:
         """The same case with some fields replaced (splits are resolved anew)."""

@@ -39,6 +39,15 @@ class Data(ABC):
     def names(self) -> list[str]:
         """Column names."""
 
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        """How long each row is, where rows differ: batches are then made of rows of about one length."""
+        return None
+
+    def telling_rows(self) -> Tensor:
+        """Row numbers of a small batch that shows whether data and model fit (extremes where the data knows them)."""
+        return torch.arange(min(8, len(self)))
+
     def row_digests(self, ids: Tensor | Sequence[int]) -> list[str]:
         """sha256 of each row's content (all columns in name order): the only trace of an example in any record."""
         digests = []
@@ -154,6 +163,10 @@ class MapData(Data):
         return TensorData(**columns)
 
 
+WINDOW = 4
+"""Batches among whose shuffled rows those of about one length are put together."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Named rows of a table. `augment` (a batch -> batch function of an rng) is applied in training only, by the engine."""
@@ -171,9 +184,25 @@ class Split:
         for ids in self.ids.split(batch_size):
             yield self.data.fetch(ids)
 
+    def by_length(self, batch_size: int = 256) -> Iterator[Batch]:
+        """Every row once, without augmentation, in the order that pads least; for readers that go by row number."""
+        lengths = self.data.lengths
+        ids = self.ids if lengths is None else self.ids[torch.as_tensor(lengths)[self.ids].argsort(stable=True)]
+        for part in ids.split(batch_size):
+            yield self.data.fetch(part)
+
     def order(self, rng: torch.Generator, batch_size: int) -> list[Tensor]:
-        """Row numbers of one shuffled pass, cut into batches."""
-        return list(self.ids[torch.randperm(len(self), generator=rng)].split(batch_size)) if len(self) else []
+        """Row numbers of one shuffled pass, cut into batches. Rows of different lengths are sorted within windows of
+        `WINDOW` batches, and the batches shuffled again: every row once, little padding, no drift from short to long."""
+        ids = self.ids[torch.randperm(len(self), generator=rng)]
+        lengths = self.data.lengths
+        if lengths is None or len(ids) <= batch_size:
+            return list(ids.split(batch_size)) if len(ids) else []
+        sizes = torch.as_tensor(lengths)
+        windows = [part[sizes[part].argsort(stable=True)] for part in ids.split(WINDOW * batch_size)]
+        batches = [batch for part in windows for batch in part.split(batch_size)]
+        whole, rest = [b for b in batches if len(b) == batch_size], [b for b in batches if len(b) < batch_size]
+        return [whole[i] for i in torch.randperm(len(whole), generator=rng).tolist()] + rest
 
     def shuffled(self, rng: torch.Generator, batch_size: int) -> Iterator[Batch]:
         """One shuffled pass, without augmentation."""

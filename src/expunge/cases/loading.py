@@ -140,8 +140,8 @@ def load_model(
     """A model from a live module, a transformers folder or hub id, or a function that builds it.
 
     Args:
-        spec: an `nn.Module` (returned as it is); a folder saved by transformers or a hub id (image classifiers,
-            safetensors only); "package.module:function" or "file.py:function"; or these as a mapping {function or
+        spec: an `nn.Module` (returned as it is); a folder saved by transformers or a hub id (image classifiers and
+            causal language models, safetensors only); "package.module:function" or "file.py:function"; or these as a mapping {function or
             folder, weights, arguments}.
         weights: a .safetensors file for the built model.
         arguments: of the function.
@@ -225,18 +225,41 @@ def _pretrained(name: str) -> nn.Module:
     elif path.suffix in (*PICKLES, ".safetensors") or path.is_absolute() or name.startswith("."):
         raise BadModel(f"expected a model at '{name}', found none; check the path")
     transformers = need_extra("transformers", "huggingface")
-    kind, places = transformers.AutoModelForImageClassification, [True] if path.is_dir() else [True, False]
-    for only_local in places:
+    for only_local in [True] if path.is_dir() else [True, False]:
         try:
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=only_local)
+            kind = _auto_class(transformers, config)
             return kind.from_pretrained(name, local_files_only=only_local, use_safetensors=True).eval()
         except Exception as error:  # transformers raises OSError, ValueError and safetensors' own for one cause
             problem = error
+    gated = "gated" in str(problem).lower() or "401" in str(problem)
     raise BadModel(
-        "expected an image classifier of transformers as safetensors in a folder, the local cache or the "
-        "hub, found no usable "
-        f"'{name}' ({type(problem).__name__}: {_first_line(problem)}); check the name, or download it on a "
-        "connected machine "
-        "with model.save_pretrained(folder) and give the folder"
+        "expected an image classifier or a causal language model of transformers as safetensors in a folder, the local "
+        f"cache or the hub, found no usable '{name}' ({type(problem).__name__}: {_first_line(problem)}); "
+        + ("accept its licence on the hub and log in, or " if gated else "check the name, or ")
+        + "download it on a connected machine with model.save_pretrained(folder) and give the folder"
+    ) from problem
+
+
+def _auto_class(transformers: Any, config: Any) -> Any:
+    """The family that the saved model says it is of."""
+    made = " ".join(config.architectures or ())
+    if "CausalLM" in made or "LMHead" in made:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageClassification
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer in a folder or of a hub id, local first."""
+    transformers = need_extra("transformers", "huggingface")
+    for only_local in [True] if Path(name).is_dir() else [True, False]:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(os.fspath(name), local_files_only=only_local)
+        except Exception as error:
+            problem = error
+    raise BadModel(
+        f"expected a tokenizer in '{name}', found none ({type(problem).__name__}: {_first_line(problem)}); save it beside the "
+        "model with tokenizer.save_pretrained(folder)"
     ) from problem
 
 
@@ -245,4 +268,4 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else "no details"
 
 
-__all__ = ["data_home", "find_function", "load_data", "load_model", "load_weights", "save_model"]
+__all__ = ["data_home", "find_function", "load_data", "load_model", "load_tokenizer", "load_weights", "save_model"]

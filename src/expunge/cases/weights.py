@@ -13,8 +13,10 @@ from expunge.files import write_atomic
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
-    """A Hugging Face model in its own format; any other module as model.safetensors, written whole or not at all."""
+def save_model(model: nn.Module, folder: Path, mode: int | None = None) -> None:
+    """A Hugging Face model in its own format; any other module as model.safetensors, written whole or not at all.
+
+    mode: permission bits of model.safetensors, where they should not be a new file's."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         model.save_pretrained(folder)  # type: ignore[operator]
@@ -23,7 +25,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
     # clone: tied weights share memory, which the format refuses
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}), mode)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

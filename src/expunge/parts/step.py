@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from expunge.errors import BadSetting, nearest
 from expunge.tasks.base import Batch, Output, PerExample, Task
 
 if TYPE_CHECKING:
+    from expunge.parts.latents import Shift
     from expunge.parts.references import References
 
 
@@ -61,11 +62,7 @@ class Joint:
 
     def run(self) -> None:
         first, sizes = self.steps[0], [len(s.batch) for s in self.steps]
-        columns = {}
-        for name, value in first.batch.columns.items():
-            per_row = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == sizes[0]
-            columns[name] = torch.cat([s.batch[name] for s in self.steps]) if per_row else value
-        batch = Batch(torch.cat([s.batch.ids for s in self.steps]), columns)
+        batch = first.task.joined([s.batch for s in self.steps])
         layers = sorted({layer for s in self.steps for layer in s.layers})
         with capturing(first.model, layers) as seen:
             output = first.task.forward(first.model, batch)
@@ -90,6 +87,7 @@ class Step:
     references: the frozen models, as cheap as the objective allows.
     rng: a CPU generator of this step and split. epoch counts from 0, progress runs 0..1 over the whole plan.
     peers: the steps of the other splits of the same joint update.
+    shift: what a latent adversary adds to activations (`parts.latents.Shift`). clean: the step before an attack on it.
     """
 
     model: nn.Module
@@ -105,18 +103,31 @@ class Step:
     peers: dict[str, Step] = field(default_factory=dict)
     scratch: dict[str, Any] = field(default_factory=dict)
     joint: Joint | None = None
+    shift: Shift | None = None
+    clean: Step | None = None
     _output: Output | None = None
     _features: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._draws = self.rng.get_state()
 
     @property
     def output(self) -> Output:
         if self._output is None and self.joint is not None:
             self.joint.run()
         if self._output is None:
-            with capturing(self.model, self.layers) as seen:
+            with self._attacked(self.batch), capturing(self.model, self.layers) as seen:
                 self._output = self.task.forward(self.model, self.batch)
             self._features = seen
         return self._output
+
+    def forward(self, batch: Batch) -> Output:
+        """The model on another batch of this step's rows (other answers), under the same latent attack."""
+        with self._attacked(batch):
+            return self.task.forward(self.model, batch)
+
+    def _attacked(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext() if self.shift is None else self.shift.on(self.model, batch)
 
     @property
     def features(self) -> dict[str, Tensor]:
@@ -144,8 +155,11 @@ class Step:
         return self.references.features(name, self.batch, self.layers)
 
     def again(self) -> Step:
-        """The same batch without the cached forward: what an adversary uses after moving weights or inputs."""
+        """The same batch without the cached forward, with the same draws to come: what an adversary uses after moving weights
+        or inputs, so that all its passes see one relabelling."""
+        rng = torch.Generator().set_state(self._draws)
         return Step(
-            self.model, self.task, self.batch, self.references, self.rng, self.split, self.epoch, self.progress,
-            self.layers, self.networks, self.peers,
+            self.model, self.task, self.batch, self.references, rng, self.split, self.epoch, self.progress,
+            self.layers, self.networks, self.peers, shift=self.shift,
+            clean=None if self.clean is None else self.clean.again(),
         )  # fmt: skip

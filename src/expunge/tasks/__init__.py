@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from expunge.errors import BadSetting, nearest
-from expunge.tasks.base import Batch, Measurements, Output, PerExample, Task, evaluating, move_to_model
+from expunge.tasks.base import Batch, Choice, Measurements, Output, PerExample, Task, evaluating, move_to_model
 from expunge.tasks.classification import Classification
+from expunge.tasks.language import Language
 from expunge.tasks.regression import Regression
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "regression": Regression}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "language": Language, "regression": Regression}
 
 
 def task(which: str | Task | dict[str, Any]) -> Task:
@@ -27,6 +28,6 @@ def task(which: str | Task | dict[str, Any]) -> Task:
 
 
 __all__ = [
-    "TASKS", "Batch", "Classification", "Measurements", "Output", "PerExample", "Regression", "Task", "evaluating",
+    "TASKS", "Batch", "Choice", "Classification", "Language", "Measurements", "Output", "PerExample", "Regression", "Task", "evaluating",
     "move_to_model", "task",
 ]  # fmt: skip

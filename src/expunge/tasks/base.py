@@ -5,7 +5,8 @@ model through the methods below, so a method written for classifiers runs on any
 
 How other kinds fit without a change here:
 
-* language: `loss` is the mean negative log-likelihood per token, `log_likelihood` the sum over the answer's tokens;
+* language: `loss` is the mean negative log-likelihood per token, `log_likelihood` the sum over the answer's tokens, and
+  an example is many choices (`per_choice`), where a classifier's is one;
 * diffusion: `prepare` draws noise and timestep into the batch (so that student and reference see the same), and
   `stochastic = True` tells the reference cache that a stored loss would be of another draw;
 * graphs: a batch carries node ids and the graph as columns; ranking: `prepare` draws the negatives;
@@ -15,12 +16,14 @@ How other kinds fit without a change here:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from expunge.errors import UnmetNeed
 
 PerExample = Tensor
 """(B,) one number for each example of a batch."""
@@ -71,6 +74,10 @@ class Output:
         return Output(self.prediction.detach(), self.extra)
 
 
+Choice = Callable[..., Tensor]
+"""(logits (N, K), answers (N,)[, other logits (N, K)]) -> (N,) or (N, M): a pure function, each row for itself."""
+
+
 class Task(ABC):
     """The contract between a kind of model and everything else. Subclasses are stateless settings."""
 
@@ -83,6 +90,8 @@ class Task(ABC):
     """The column that an adversary in input space perturbs."""
     labels: str = "labels"
     """The column of the true answers, where the kind has them as one."""
+    ragged: bool = False
+    """True when examples differ in length, so that their predictions do not stack into one table."""
 
     # -- running ---------------------------------------------------------------------------------------------------
     def columns(self, example: Any) -> dict[str, Any]:
@@ -125,6 +134,44 @@ class Task(ABC):
     @abstractmethod
     def relabel(self, batch: Batch, rng: torch.Generator, policy: str = "other") -> Batch:
         """Same inputs, an answer that is not theirs. `policy` names the kind's ways to draw it."""
+
+    # -- choices: where a model picks one of K ---------------------------------------------------------------------
+    def choices(self, batch: Batch) -> PerExample:
+        """(B,) how many choices an example is made of: 1, or the number of its answer tokens."""
+        return torch.ones(len(batch), device=batch.ids.device)
+
+    def per_choice(
+        self, function: Choice, output: Output, batch: Batch, other: Output | None = None, reduce: str = "mean"
+    ) -> Tensor:
+        """(B,) a function of the logits and the true answer at every choice, reduced over each example's own choices.
+
+        function: (logits (N, K), answers (N,)[, other's logits (N, K)]) -> (N,) or (N, M); pure and row by row, because
+            a kind may evaluate it in pieces and again in the backward pass.
+        reduce: `mean` or `sum` -> (B,) or (B, M); `none` -> (B, L) or (B, L, M), zero where an example has no choice.
+
+        Losses written with it run on every kind that chooses among K: classifiers and language models alike.
+        """
+        raise UnmetNeed(
+            f"expected a kind of model that chooses among K answers (logits), found {self.name}, which does not; "
+            "use an objective on its loss or its divergence instead"
+        )
+
+    def spots(self, batch: Batch) -> Tensor | None:
+        """(B, T) bool, the positions of an activation (B, T, d) that carry the answer; None: activations are (B, d)."""
+        return None
+
+    def real(self, batch: Batch) -> Tensor | None:
+        """(B, T) bool, the positions of an activation (B, T, d) that are not padding; None: activations are (B, d)."""
+        return None
+
+    def joined(self, batches: Sequence[Batch]) -> Batch:
+        """Several batches as one (a mixed batch is one forward). Columns with one entry per row are stacked."""
+        first, size = batches[0], len(batches[0])
+        columns = {}
+        for name, value in first.columns.items():
+            per_row = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+            columns[name] = torch.cat([b[name] for b in batches]) if per_row else value
+        return Batch(torch.cat([b.ids for b in batches]), columns)
 
     # -- measuring -------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge.errors import BadSetting
-from expunge.tasks.base import Batch, Measurements, Output, PerExample, Task, evaluating, move_to_model
+from expunge.tasks.base import Batch, Choice, Measurements, Output, PerExample, Task, evaluating, move_to_model
 
 RELABEL_POLICIES = ("other", "uniform")
 
@@ -57,6 +57,14 @@ class Classification(Task):
         log_q = F.log_softmax(output.prediction / temperature, dim=-1)
         log_p = F.log_softmax(other.prediction / temperature, dim=-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def per_choice(
+        self, function: Choice, output: Output, batch: Batch, other: Output | None = None, reduce: str = "mean"
+    ) -> Tensor:
+        """One choice for each example: `function` of (B, K) logits and (B,) labels."""
+        rest = () if other is None else (other.prediction,)
+        value = function(output.prediction, batch[self.labels], *rest)
+        return value[:, None] if reduce == "none" else value
 
     def relabel(self, batch: Batch, rng: torch.Generator, policy: str = "other") -> Batch:
         """`other`: uniform over the K-1 wrong classes; `uniform`: over all K (SalUn's official code)."""
