@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from expunge.cli.build import build_case
 from expunge.cli.config import read_case
 from expunge.cli.estimate import estimate, retraining
+from expunge.files import digest_weights
 from expunge.methods import find, methods
-from expunge.methods.outcome import unlearn
+from expunge.methods.outcome import protect, unlearn
 from expunge.parts import Optimizer, Plan, Term, ascend, fit, pgd, sam
 
 LIGHT = """
@@ -250,11 +251,38 @@ def test_protect_names_the_methods_that_can(shell, case_file):
     assert result.exit_code == 2 and "acts at training time" in result.text
 
 
-def test_protect_trains_a_model_for_later_requests(shell, case_file):
-    result = shell("protect", case_file, "method={name: sisa, shards: 2, slices: 1}", "request=null", "recipe.epochs=2")
-    assert result.exit_code == 0, result.output
-    weights = case_file.parent / "runs" / "threes" / "protected" / "model.safetensors"
-    assert weights.exists() and "accuracy" in result.text
+def test_requests_are_served_from_the_folder_that_protect_left(shell, case_file, tmp_path):
+    """Two requests in a row, each from the folder of the one before, end where one process ends."""
+    method, kept = "method={name: sisa, shards: 2, slices: 2}", tmp_path / "kept"
+    result = shell("protect", case_file, method, "request=null", "recipe.epochs=2", "--out", kept)
+    assert result.exit_code == 0 and "accuracy" in result.text and "expunge run" in result.text, result.output
+    assert {f.name for f in (kept / "protected").iterdir()} == {"model.safetensors", "protected.json"}
+    model = protect(
+        build_case(read_case(case_file, [method, "request=null", "recipe.epochs=2"])), "sisa", shards=2, slices=2
+    )
+    folder = kept
+    for name, rows in (("a", [3, 50]), ("b", [7])):
+        request = f"request={{samples: {rows}}}"
+        result = shell("run", folder, request, "--no-audit", "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        case = build_case(read_case(case_file, [method, request, "recipe.epochs=2"]))
+        model = unlearn(case.with_(model=model), "sisa", shards=2, slices=2).model
+        assert digest_weights(tmp_path / name / "model") == digest_weights(model.state_dict())
+        folder = tmp_path / name
+    checked = shell("audit", tmp_path / "b", "--checks", "ua", "--no-attacks")
+    assert checked.exit_code == 0, checked.output
+    again = shell("run", tmp_path / "b", "request={samples: [3]}", "--no-audit", "--out", tmp_path / "c")
+    assert again.exit_code == 2 and "already forgotten" in again.text
+
+
+def test_a_folder_to_serve_from_is_a_protected_one_and_the_run_goes_elsewhere(shell, case_file, tmp_path):
+    assert "protected.json" in shell("run", case_file.parent, "--out", tmp_path / "x").text
+    kept = tmp_path / "kept"
+    shell("protect", case_file, "method={name: acu, width: 20}", "request=null", "--out", kept)
+    assert "a run folder of its own" in shell("run", kept, "request={label: 3}").text
+    assert "a run folder of its own" in shell("run", kept, "request={label: 3}", "--out", kept).text
+    assert "all met" in shell("run", kept, "request={label: 3}", "--dry-run").text
+    assert shell("validate", kept, "request={label: 3}").exit_code == 0
 
 
 def test_the_rows_of_a_request_are_in_no_record(shell, case_file):

@@ -15,6 +15,7 @@ from expunge.cases.data import Data, MapData, TensorData
 from expunge.cases.loading import find_function, load_data, load_model
 from expunge.cli.config import CaseFile, Recipe, Request, Table
 from expunge.errors import BadData, BadRequest, nearest
+from expunge.methods.stored import load_protected
 from expunge.parts.plan import Optimizer, Training
 from expunge.tasks import task as make_task
 
@@ -57,13 +58,15 @@ def _importable(base: str) -> None:
 
 
 def _model(file: CaseFile) -> nn.Module:
-    """A folder beside the case file, a hub id, or a function with its weights."""
+    """A folder beside the case file, a hub id, or a function with its weights; or what `protect` has made of it."""
     spec = file.model
     if spec.factory:
-        return load_model(
+        model = load_model(
             {"function": spec.factory, "weights": str(file.path(str(spec.weights))), "arguments": spec.settings}
         )
-    return load_model(str(file.path(spec.path)) if spec.path else str(spec.hub))
+    else:
+        model = load_model(str(file.path(spec.path)) if spec.path else str(spec.hub))
+    return model if spec.protected is None else load_protected(model, file.path(spec.protected))
 
 
 def _fresh(file: CaseFile) -> Callable[[], Any] | None:

@@ -47,6 +47,7 @@ class Model(Section):
     factory: str | None = Field(default=None, description="module:function that builds the network")
     weights: str | None = Field(default=None, description="safetensors file with the network's weights")
     settings: dict[str, Any] = Field(default={}, description="keywords of the factory")
+    protected: str | None = Field(default=None, description="folder of a model that 'expunge protect' has trained")
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

@@ -39,7 +39,10 @@ app = typer.Typer(
 )  # fmt: skip
 
 CaseArgument = Annotated[
-    Path, typer.Argument(metavar="CASE.yaml", help="the case: model, data, request, recipe, method")
+    Path,
+    typer.Argument(
+        metavar="CASE.yaml", help="the case: model, data, request, recipe, method; or a folder that protect left"
+    ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. method.density=0.3")]
 Out = Annotated[Path | None, typer.Option("--out", help="folder of the run; default: out of the case, or runs/<name>")]

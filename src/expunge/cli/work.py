@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from expunge.engine import weights_digest
 from expunge.errors import BadData, BadSetting, UnmetNeed
 from expunge.methods import find
 from expunge.methods.outcome import Outcome, unlearn
+from expunge.methods.stored import save_protected
 
 
 def run(
@@ -32,7 +34,12 @@ def run(
     ledger: str | None = None,
 ) -> None:
     """Unlearn in a run folder, then audit."""
-    case_file = read_case(file, overrides)
+    case_file = _read(file, overrides)
+    if file.is_dir() and (out is None or out.resolve() == file.resolve()):
+        raise BadSetting(
+            f"expected --out with another folder than {file}, found {'none' if out is None else 'the same'}; a request is "
+            "served into a run folder of its own"
+        )
     method, folder = _method(case_file), out or case_file.run_folder
     with show.Report() as report:
         case = build_case(case_file)
@@ -49,7 +56,7 @@ def run(
 
 def dry_run(file: Path, overrides: list[str]) -> None:
     """The plan, its formula, unmet needs and the counted cost; exit code 2 where a need is unmet."""
-    case_file = read_case(file, overrides)
+    case_file = _read(file, overrides)
     case, console = build_case(case_file), show.out()
     _describe(case)
     configured = find(_method(case_file).name).configure(**_method(case_file).settings)
@@ -135,7 +142,7 @@ def compare(file: Path, overrides: list[str], methods: str, seeds: str, workers:
 
 def validate(file: Path, overrides: list[str]) -> None:
     """Everything that can be wrong before any training."""
-    case_file = read_case(file, overrides)
+    case_file = _read(file, overrides)
     case = build_case(case_file)
     _check_request(case_file)
     _describe(case)
@@ -153,7 +160,6 @@ def validate(file: Path, overrides: list[str]) -> None:
 
 def protect(file: Path, overrides: list[str], out: Path | None) -> None:
     """Train by a method that acts at training time; if the case has a request, serve it with the model at once."""
-    from expunge.engine.rundir import save_model
     from expunge.methods.outcome import protect as protecting
 
     case_file = read_case(file, overrides)
@@ -163,11 +169,16 @@ def protect(file: Path, overrides: list[str], out: Path | None) -> None:
         report(f"training by {method.name}", 0, 1)
         model = protecting(case, method.name, seed=case_file.seeds.unlearning, **method.settings)
         report(f"training by {method.name}", 1, 1)
-        save_model(model, folder / "protected")
+        save_protected(model, folder / "protected")
+    case_file = _protected_by(case_file, folder / "protected")
+    save_case(case_file, folder)
     utility = case.task.evaluate(model, case.split("test" if "test" in case.splits else "train").batches())
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in utility.items())
     show.out().print(f"protected model: {escape(str(folder / 'protected'))} ({numbers})", soft_wrap=True)
     if case_file.request is None:
+        show.out().print(
+            f"serve a request: expunge run {escape(str(folder))} 'request={{samples: [...]}}' --out DIR", soft_wrap=True
+        )
         return
     served = replace(case, model=model)
     with show.Report() as report:
@@ -189,6 +200,26 @@ def demo(folder: Path, quick: bool) -> None:
     for comparison in found.values():
         show.out().print(comparison_table(comparison))
     _where(folder)
+
+
+# -- protected models --------------------------------------------------------------------------------------------------
+def _read(file: Path, overrides: list[str]) -> CaseFile:
+    """A case file; or a folder of `protect`, or of a run that served one of its requests: its case with its newest model."""
+    if not file.is_dir():
+        return read_case(file, overrides)
+    newest = next((file / name for name in ("model", "protected") if (file / name / "protected.json").exists()), None)
+    if newest is None:
+        raise BadSetting(
+            f"expected a case file, or a folder that 'expunge protect' or a request to its model has left, found {file} "
+            "without protected.json; give CASE.yaml"
+        )
+    return _protected_by(read_case(file / "case.yaml", overrides), newest)
+
+
+def _protected_by(case_file: CaseFile, folder: Path) -> CaseFile:
+    """The case with the model that is kept in the folder."""
+    place = os.path.relpath(folder.resolve(), Path(case_file.base).resolve())
+    return case_file.model_copy(update={"model": case_file.model.model_copy(update={"protected": place})})
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from expunge.engine.execute import Result, execute, run_identity, weights_digest
 from expunge.engine.rundir import RunDirectory, load_weights, machine, versions
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.methods.registry import Configured, Method, find
+from expunge.methods.stored import is_protected, save_protected
 from expunge.parts.plan import Action, Edit, Exact, Guard, Plan, Protection
 
 
@@ -147,7 +148,10 @@ def unlearn(
         directory.write_environment()
         directory.write_json("request.json", case.describe()["request"])
         outcome = go(directory, identity)
-        directory.save_model(outcome.model)
+        if is_protected(outcome.model):
+            save_protected(outcome.model, directory.model_path)  # it can serve the next request
+        else:
+            directory.save_model(outcome.model)
         directory.write_json("outcome.json", {"identity": identity, "record": outcome.record, "proof": outcome.proof})
         (directory.path / "checkpoint.safetensors").unlink(missing_ok=True)
         return outcome

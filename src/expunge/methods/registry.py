@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from expunge.cases.case import Case
 from expunge.errors import BadSetting, UnmetNeed, nearest
+from expunge.parts.mixture import mixtures
 from expunge.parts.plan import Action
 
 FAMILIES = ("exact", "tuned", "edited", "guarded", "protected")
@@ -49,6 +50,7 @@ class Method:
     paper: str
     contrib: bool = False
     learn: Callable[..., Any] | None = None
+    rebuild: Callable[..., Any] | None = None
 
     @cached_property
     def settings(self) -> type[BaseModel]:
@@ -146,9 +148,22 @@ NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
         lambda c: c.request.describe().get("kind") in ("class", "none"),
         "a request for whole classes; use requests.label(c), or choose a method for samples",
     ),
+    "refusals": (
+        lambda c: c.task.name != "language" or bool(getattr(c.data, "refusals", ())),
+        "answers that decline; pass question_answer(..., refusals=[...])",
+    ),
+    "alternates": (
+        lambda c: c.task.name != "language" or getattr(c.data, "alternates", None) is not None,
+        "other answers to each question; pass question_answer(..., alternates=[[...], ...])",
+    ),
+    "mixture": (
+        lambda c: bool(mixtures(c.model)),
+        "a mixture-of-experts model (layers with a router and experts), and this one is dense; choose a method for dense "
+        "models, such as npo or sha256",
+    ),
     "protection": (
         lambda c: bool(getattr(c.model, "expunge_protection", "")),
-        "a model trained for it; train one with expunge.protect(case, method)",
+        "a model trained for it; train one with expunge.protect(case, method), or 'expunge protect CASE.yaml'",
     ),
 }
 """What a method may need of a case: the check, and the sentence that names it with its remedy."""
@@ -167,9 +182,11 @@ def method(
     guarantee: str = "empirical",
     contrib: bool = False,
     learn: Callable[..., Any] | None = None,
+    rebuild: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Action]], Callable[..., Action]]:
     """Register a function of settings as a method under its own name. learn: for methods that act at training time, a
-    function (case, seed, **settings) -> trained nn.Module, reached by `expunge.protect`."""
+    function (case, seed, **settings) -> trained nn.Module, reached by `expunge.protect`; rebuild: (base, **structure) ->
+    the same model with empty tensors, for `stored.load_protected`."""
     declared = (
         (family, FAMILIES, "family"),
         (intention, INTENTIONS, "intention"),
@@ -187,7 +204,8 @@ def method(
         if name in _METHODS and _METHODS[name].function.__module__ != function.__module__:
             raise BadSetting(f"expected a new method name, found '{name}' already registered; rename the function")
         _METHODS[name] = Method(
-            name, function, family, needs, kinds, intention, mechanism or family, guarantee, paper, contrib, learn
+            name, function, family, needs, kinds, intention, mechanism or family, guarantee, paper, contrib, learn,
+            rebuild,
         )
         return function
 

@@ -23,7 +23,7 @@ from expunge.cases.case import Case
 from expunge.cases.data import Split
 from expunge.engine.workbench import Workbench
 from expunge.methods.exact.analytic import REMOVED, AnalyticClassifier
-from expunge.methods.exact.protected import Trunk, outputs, protected_model, rows_of
+from expunge.methods.exact.protected import Trunk, outputs, protected_model, rows_of, width_of
 from expunge.methods.exact.ridge import sample_digests, solve_head
 from expunge.methods.registry import method, setting
 from expunge.parts.plan import Exact
@@ -48,6 +48,16 @@ class AnalyticModel(AnalyticClassifier):
         full = scores.new_full((len(scores), self.outputs), REMOVED)
         return full.index_copy(1, self.head.classes, scores)
 
+    def expunge_structure(self) -> dict[str, Any]:
+        return {
+            "trunk": not isinstance(self.backbone, nn.Identity), "features": self.buffer.weight.shape[0],
+            "classes": self.outputs, **self.settings,
+        }  # fmt: skip
+
+    @classmethod
+    def rebuilt(cls, base: nn.Module, trunk: bool, features: int, classes: int, **settings: Any) -> AnalyticModel:
+        return cls(Trunk(base, classes) if trunk else None, features, classes, **settings)
+
     def expunge_train(self, case: Case, rows: Split, seed: int) -> AnalyticModel:
         """A new head on these rows: same backbone, and the buffer of `seed`."""
         backbone = None if isinstance(self.backbone, nn.Identity) else self.backbone
@@ -62,10 +72,9 @@ def learn_head(case: Case, seed: int, backbone: str, width: int, ridge: float, f
     trunk = Trunk(case.model, count) if backbone == "model" else None
     everything = torch.arange(len(case.data))
     device = next(case.model.parameters(), torch.empty(0)).device
-    inputs, _labels = next(rows_of(case, everything[:1], device))
-    with torch.no_grad():
-        features = (inputs if trunk is None else trunk(inputs)).flatten(1).shape[1]
-    model = AnalyticModel(trunk, features, count, width=width, ridge=ridge, form=form, seed=seed).to(device)
+    model = AnalyticModel(
+        trunk, width_of(case, trunk, device), count, width=width, ridge=ridge, form=form, seed=seed
+    ).to(device)
     return model.learn_stream(rows_of(case, everything, device))
 
 
@@ -116,6 +125,7 @@ def equals_ridge(bench: Workbench, model: Any) -> dict[str, Any]:
 @method(
     family="exact", needs=("protection", "labels"), kinds=("classification", "regression"), intention="removal",
     mechanism="closed form", guarantee="exact", paper="ACU, 2025, 2505.12239", learn=learn_head,
+    rebuild=AnalyticModel.rebuilt,
 )  # fmt: skip
 def acu(
     backbone: Annotated[

@@ -21,7 +21,7 @@ from expunge.cases.case import Case
 from expunge.cases.data import Split
 from expunge.engine.workbench import Workbench
 from expunge.methods.exact.certified import CertifiedLogistic, unit_rows
-from expunge.methods.exact.protected import LiveRows, Trunk, outputs, protected_model, rows_of
+from expunge.methods.exact.protected import LiveRows, Trunk, outputs, protected_model, rows_of, width_of
 from expunge.methods.registry import method, setting
 from expunge.parts.plan import Exact
 from expunge.tasks.base import evaluating
@@ -32,15 +32,37 @@ class CertifiedModel(nn.Module):
 
     expunge_protection = "certified_removal"
 
-    def __init__(self, case: Case, ids: Tensor, backbone: nn.Module | None, classes: int, seed: int, **settings: Any):
+    def __init__(
+        self, backbone: nn.Module | None, features: int, classes: int, rows: LiveRows, seed: int, **settings: Any
+    ):
         super().__init__()
         self.backbone = nn.Identity() if backbone is None else backbone
         self.settings = settings
+        self.rows = rows
+        self.head = CertifiedLogistic(features, classes, seed=seed, **settings)
+
+    @classmethod
+    def trained(
+        cls, case: Case, ids: Tensor, backbone: nn.Module | None, classes: int, seed: int, **settings: Any
+    ) -> CertifiedModel:
+        """A head fitted on the rows `ids`."""
         device = next(case.model.parameters(), torch.empty(0)).device
-        self.rows = LiveRows(case.data, ids)
-        self.to(device)
-        X, labels = self.table(case, ids)
-        self.head = CertifiedLogistic(X.shape[1], classes, seed=seed, **settings).to(device).train_on(X, labels)
+        width = width_of(case, backbone, device)
+        model = cls(backbone, width, classes, LiveRows.of(case.data, ids), seed, **settings).to(device)
+        model.head.train_on(*model.table(case, ids))
+        return model
+
+    def expunge_structure(self) -> dict[str, Any]:
+        return {
+            "trunk": not isinstance(self.backbone, nn.Identity), "features": self.head.features,
+            "classes": self.head.classes, "rows": len(self.rows.live), "seed": self.head.seed, **self.settings,
+        }  # fmt: skip
+
+    @classmethod
+    def rebuilt(
+        cls, base: nn.Module, trunk: bool, features: int, classes: int, rows: int, seed: int, **settings: Any
+    ) -> CertifiedModel:
+        return cls(Trunk(base, classes) if trunk else None, features, classes, LiveRows(rows), seed, **settings)
 
     def features(self, inputs: Tensor) -> Tensor:
         """(B, d) float64, each row of norm at most 1."""
@@ -58,14 +80,16 @@ class CertifiedModel(nn.Module):
     def expunge_train(self, case: Case, rows: Split, seed: int) -> CertifiedModel:
         """A new head on these rows with a perturbation of `seed`."""
         backbone = None if isinstance(self.backbone, nn.Identity) else self.backbone
-        return CertifiedModel(case.with_(model=self), rows.ids, backbone, self.head.classes, seed, **self.settings)
+        return CertifiedModel.trained(
+            case.with_(model=self), rows.ids, backbone, self.head.classes, seed, **self.settings
+        )
 
 
 def train_certified(case: Case, seed: int, backbone: str, **settings: Any) -> nn.Module:
     """What `expunge.protect(case, "certified_removal", lam=0.01)` returns."""
     classes = outputs(case)
     trunk = Trunk(case.model, classes) if backbone == "model" else None
-    return CertifiedModel(case, torch.arange(len(case.data)), trunk, classes, seed, **settings)
+    return CertifiedModel.trained(case, torch.arange(len(case.data)), trunk, classes, seed, **settings)
 
 
 def newton_step(bench: Workbench) -> nn.Module:
@@ -95,6 +119,7 @@ def within_bound(bench: Workbench, model: Any) -> dict[str, Any]:
 @method(
     family="exact", needs=("protection", "labels", "retain"), kinds=("classification",), intention="removal",
     mechanism="newton step", guarantee="certified", paper="Guo et al., ICML 2020, 1911.03030", learn=train_certified,
+    rebuild=CertifiedModel.rebuilt,
 )  # fmt: skip
 def certified_removal(
     backbone: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from dataclasses import dataclass, replace
@@ -85,20 +86,40 @@ class ShardedEnsemble(nn.Module):
 
     expunge_protection = "sisa"
 
-    def __init__(self, case: Case, layout: Partition, ids: Tensor, seed: int, build: nn.Module | None = None):
+    def __init__(self, members: list[nn.Module], layout: Partition, rows: LiveRows, seed: int, classes: bool):
         super().__init__()
-        source = case if build is None else case.with_(model=build)
-        fresh = [source.fresh(derive(seed, "sisa", "fresh", s)) for s in range(layout.shards)]
-        self.seed, self.classes = seed, case.task.name == "classification"
-        self.members = nn.ModuleList(fresh)
+        self.seed, self.classes = seed, classes
+        self.members = nn.ModuleList(members)
         self.snapshots = nn.ModuleList(
-            nn.ModuleList(Snapshot(member.state_dict()) for _ in range(layout.slices + 1)) for member in fresh
+            nn.ModuleList(Snapshot(member.state_dict()) for _ in range(layout.slices + 1)) for member in members
         )
         self.register_buffer("keys", torch.zeros(layout.shards, layout.slices, 32, dtype=torch.uint8))
         self.register_buffer("shard", layout.shard.clone())
         self.register_buffer("slice", layout.slice.clone())
-        self.rows = LiveRows(case.data, ids)
-        self.train_stale(case, ids)
+        self.rows = rows
+
+    @classmethod
+    def trained(
+        cls, case: Case, layout: Partition, ids: Tensor, seed: int, build: nn.Module | None = None
+    ) -> ShardedEnsemble:
+        """Fresh members (of the case, or like `build`), trained on the rows `ids`."""
+        source = case if build is None else case.with_(model=build)
+        fresh = [source.fresh(derive(seed, "sisa", "fresh", s)) for s in range(layout.shards)]
+        model = cls(fresh, layout, LiveRows.of(case.data, ids), seed, case.task.name == "classification")
+        model.train_stale(case, ids)
+        return model
+
+    def expunge_structure(self) -> dict[str, Any]:
+        shards, slices = self.keys.shape[:2]
+        return {
+            "rows": len(self.shard), "shards": shards, "slices": slices, "seed": self.seed, "classes": self.classes
+        }  # fmt: skip
+
+    @classmethod
+    def rebuilt(cls, base: nn.Module, rows: int, shards: int, slices: int, seed: int, classes: bool) -> ShardedEnsemble:
+        nowhere = torch.zeros(rows, dtype=torch.int64)
+        members = [copy.deepcopy(base) for _ in range(shards)]
+        return cls(members, Partition(nowhere, nowhere, shards, slices), LiveRows(rows), seed, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = torch.stack([call_model(member, inputs) for member in self.members])
@@ -157,4 +178,4 @@ class ShardedEnsemble(nn.Module):
 
     def expunge_train(self, case: Case, rows: Split, seed: int) -> ShardedEnsemble:
         """The ensemble trained from scratch on these rows with the same partition."""
-        return ShardedEnsemble(case, self.partition, rows.ids, seed, self.members[0]).to(self.keys.device)
+        return ShardedEnsemble.trained(case, self.partition, rows.ids, seed, self.members[0]).to(self.keys.device)

@@ -39,12 +39,17 @@ class LiveRows(nn.Module):
     State: digests (N, 32) uint8, zero where not live; live (N,) bool.
     """
 
-    def __init__(self, data: Data, ids: Tensor):
+    def __init__(self, rows: int):
         super().__init__()
-        digests, live = torch.zeros(len(data), 32, dtype=torch.uint8), torch.zeros(len(data), dtype=torch.bool)
-        digests[ids], live[ids] = _digests(data, ids), True
-        self.register_buffer("digests", digests)
-        self.register_buffer("live", live)
+        self.register_buffer("digests", torch.zeros(rows, 32, dtype=torch.uint8))
+        self.register_buffer("live", torch.zeros(rows, dtype=torch.bool))
+
+    @classmethod
+    def of(cls, data: Data, ids: Tensor) -> LiveRows:
+        """The rows `ids` of the table."""
+        rows = cls(len(data))
+        rows.digests[ids], rows.live[ids] = _digests(data, ids), True
+        return rows
 
     def check(self, data: Data, ids: Tensor) -> None:
         """Raise `BadData` unless these rows of the table are those that were learned."""
@@ -109,6 +114,13 @@ def outputs(case: Case) -> int:
     with evaluating(case.model):
         row = move_to_model(case.data.fetch(torch.zeros(1, dtype=torch.int64)), case.model)
         return case.task.forward(case.model, row).prediction.reshape(1, -1).shape[1]
+
+
+def width_of(case: Case, trunk: nn.Module | None, device: torch.device) -> int:
+    """How many features the trunk (or none: the inputs themselves) gives for one row."""
+    inputs, _ = next(rows_of(case, torch.zeros(1, dtype=torch.int64), device))
+    with torch.no_grad():
+        return (inputs if trunk is None else trunk(inputs)).flatten(1).shape[1]
 
 
 def rows_of(case: Case, ids: Tensor, device: torch.device, batch_size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:

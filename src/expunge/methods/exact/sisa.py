@@ -37,7 +37,8 @@ Likely = Annotated[str, setting("column, higher for rows more likely to be delet
 
 def train_sharded(case: Case, seed: int, shards: int, slices: int, likely: str, **_: Any) -> nn.Module:
     """What `expunge.protect(case, "sisa", shards=5, slices=3)` returns."""
-    return ShardedEnsemble(case, partition(case.data, shards, slices, seed, likely), torch.arange(len(case.data)), seed)
+    layout = partition(case.data, shards, slices, seed, likely)
+    return ShardedEnsemble.trained(case, layout, torch.arange(len(case.data)), seed)
 
 
 def retrain_affected(bench: Workbench) -> nn.Module:
@@ -64,7 +65,7 @@ def equals_scratch(bench: Workbench, model: Any) -> dict[str, Any]:
 @method(
     family="exact", needs=("protection", "recipe"), kinds=("classification", "regression"), intention="removal",
     mechanism="sharded retraining", guarantee="exact", paper="Bourtoule et al., S&P 2021, 1912.03817",
-    learn=train_sharded,
+    learn=train_sharded, rebuild=ShardedEnsemble.rebuilt,
 )  # fmt: skip
 def sisa(
     shards: Shards = 5,

@@ -12,6 +12,7 @@ layers are not taken back.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -108,6 +109,16 @@ class AmnesiacModel(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         return call_model(self.model, inputs)
 
+    def expunge_structure(self) -> dict[str, Any]:
+        return {"rows": len(self.live), "updates": len(self.members), "batch": self.members.shape[1]}
+
+    @classmethod
+    def rebuilt(cls, base: nn.Module, rows: int, updates: int, batch: int) -> AmnesiacModel:
+        model, nobody = copy.deepcopy(base), torch.zeros(rows, dtype=torch.bool)
+        empty = torch.zeros_like(flat(model))
+        batches = [torch.full((batch,), -1, dtype=torch.int64)] * updates
+        return cls(model, [empty] * updates, batches, nobody, nobody.clone())
+
     def undo(self, ids: Tensor) -> int:
         """Take back every update, not yet taken back, whose batch held one of these rows; returns how many."""
         place = self.members.device
@@ -156,7 +167,7 @@ def train_logged(case: Case, seed: int, sensitive: str, **_: Any) -> nn.Module:
 @method(
     family="protected", needs=("protection", "labels", "retain"), kinds=("classification", "regression"),
     intention="removal", mechanism="take back updates", paper="Graves et al., AAAI 2021, 2010.10981",
-    learn=train_logged,
+    learn=train_logged, rebuild=AmnesiacModel.rebuilt,
 )  # fmt: skip
 def amnesiac(
     sensitive: Annotated[
