@@ -50,6 +50,10 @@ class DiskFull(ExpungeError, OSError):
     """Nothing was written because the disk is full; what was there before is intact."""
 
 
+class OutOfMemory(ExpungeError, MemoryError):
+    """The machine's memory, or the accelerator's, does not hold the run; the message says which knobs there are."""
+
+
 class MissingExtra(ExpungeError, ImportError):
     """An optional library is not installed; the message gives the install line."""
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import expunge.parts.references
 from expunge import Case, Optimizer, Plan, Regression, Term, Training, requests, unlearn
 from expunge.engine import RunDirectory, Workbench, execute, fit, run_plan
 from expunge.engine.checkpoint import Checkpointer
@@ -154,12 +155,16 @@ def test_terms_of_one_split_share_one_forward():
 def test_scalar_references_make_no_second_model(monkeypatch):
     case = make_case()
     made = []
-    monkeypatch.setattr("expunge.parts.references.frozen_copy", lambda m: made.append(m) or copy.deepcopy(m).eval())
+    for how in ("frozen_copy", "frozen_view"):
+        real = getattr(expunge.parts.references, how)
+        monkeypatch.setattr(f"expunge.parts.references.{how}", lambda m, f=real: made.append(f(m)) or made[-1])
     for objective in (npo(0.1), leave(), match()):
         run_plan(Plan(Term(objective), epochs=2), Workbench(case, copy.deepcopy(case.model)))
         assert made == []
     run_plan(Plan(Term(match_features(["4"])), epochs=1), Workbench(case, copy.deepcopy(case.model)))
-    assert len(made) == 1
+    assert len(made) == 1  # and that is a view: no second set of weights either
+    for a, b in zip(made[0].parameters(), case.model.parameters(), strict=True):
+        assert a.data_ptr() == b.data_ptr() and not a.requires_grad
 
 
 def test_cached_references_equal_a_live_copy():

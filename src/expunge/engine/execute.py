@@ -22,17 +22,21 @@ from expunge.engine.checkpoint import Checkpointer
 from expunge.engine.distribution import Distribution
 from expunge.engine.loop import Trace, run_plan
 from expunge.engine.measured import after_edit
+from expunge.engine.memory import out_of_memory
+from expunge.engine.original import Original
 from expunge.engine.rundir import RunDirectory
 from expunge.engine.workbench import Workbench
 from expunge.errors import BadSetting, ChangedNothing, CollapsedUtility, UnmetNeed
 from expunge.files import digest_weights
 from expunge.parts.plan import Action, Edit, Exact, Guard, Plan, Protection, Training
+from expunge.parts.scalars import Scalars
 from expunge.parts.stops import Stop, UtilityFloor
 
 
 @dataclass
 class Result:
-    """model: the changed copy. trace: the loop's (empty for edits). proof: an exact method's numbers, else None."""
+    """model: the changed copy. trace: the loop's (empty for edits). proof: an exact method's numbers, else None.
+    original: the model that the request came with; the case's own, unless the run changed that in place."""
 
     model: nn.Module
     trace: Trace
@@ -43,6 +47,7 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     proof: dict[str, Any] | None = None
+    original: nn.Module | None = None
 
 
 def execute(
@@ -64,6 +69,7 @@ def execute(
 ) -> Result:
     """Run `action` on a copy of `case.model` (the original is never changed, unless in_place) and return the copy.
 
+    in_place: change `case.model` itself, so that memory holds one model; the original waits on disk (`Result.original`).
     floor: share of the original's utility on retain below which the best earlier state is restored; None turns it off.
     run: an open run directory for metrics and checkpoints. state: what the method kept from an earlier request.
     """
@@ -76,8 +82,12 @@ def execute(
         distribution.accelerator.init_trackers("expunge")
     home = next(case.model.parameters(), torch.empty(0)).device
     place = distribution.device if distribution.accelerator is not None else home
+    original = Original(case.model, run.path if run else None).module if in_place else case.model
     model = case.model if in_place else copy.deepcopy(case.model)
-    bench = Workbench(case, model.to(place), seed, place, state=dict(state or {}), report=report)
+    bench = Workbench(
+        case, model.to(place), seed, place, state=dict(state or {}), report=report, original=original,
+        scalars=Scalars(run.path / "references") if run is not None else None,
+    )  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if floor is not None and getattr(case.task, "labels", "labels") not in case.data.names:
@@ -108,6 +118,11 @@ def execute(
             raise BadSetting(
                 f"expected a Plan, Edit, Guard, Exact or Protection, found {type(action).__name__}; return one"
             )
+    except (MemoryError, RuntimeError) as error:
+        told = out_of_memory(error, action)
+        if told is None:
+            raise
+        raise told from error
     finally:
         torch.random.set_rng_state(threads_state)
         if trackers and distribution.accelerator is not None:
@@ -118,11 +133,12 @@ def execute(
             bench, bench.model
         )  # after the clock: a proof may retrain, and is no part of the method's cost
     result = bench.model.to(home)
-    changed = changed_fraction(case.model, result) if not in_place else float("nan")
+    # in place: reading the whole original back from disk would cost the memory that was saved
+    changed = changed_fraction(original, result) if not in_place else float("nan")
     if changed == 0 and len(case.split("forget")) and not isinstance(action, Guard):
         bench.warn("the method left every weight as it was", ChangedNothing)
     return Result(
-        result, trace, seconds, peak_memory_mb(), changed, bench.notes, bench.warnings, bench.state, proof
+        result, trace, seconds, peak_memory_mb(), changed, bench.notes, bench.warnings, bench.state, proof, original
     )  # fmt: skip
 
 
@@ -152,7 +168,7 @@ def _check_floor(bench: Workbench, floor: float | None, trace: Trace) -> None:
     """One-shot edits have no earlier state but the original: below the floor, that is what comes back."""
     halt = UtilityFloor(floor).after_epoch(after_edit(bench)) if floor is not None else None
     if halt is not None:
-        bench.model.load_state_dict(bench.case.model.state_dict())
+        bench.model.load_state_dict(bench.original.state_dict())
         trace.restored, trace.ended = True, halt.reason
         bench.warn(halt.reason + "; the original was restored", CollapsedUtility)
 

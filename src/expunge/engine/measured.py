@@ -40,7 +40,7 @@ class Measured:
 
 def of_original(bench: Workbench) -> Measured:
     """Measurements of the model that the request came with."""
-    return Measured(bench, lambda: bench.case.model.to(bench.device))
+    return Measured(bench, lambda: bench.original.to(bench.device))
 
 
 def after_edit(bench: Workbench) -> Progress:

@@ -7,10 +7,13 @@ weights outside the mask are restored and their optimizer state is cleared.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from expunge.engine.distribution import fitted
+from expunge.errors import BadSetting, need_extra
 from expunge.parts.plan import Optimizer
 from expunge.parts.scopes.base import Mask
 
@@ -30,7 +33,7 @@ class MaskedOptimizer:
         for name in self.names:
             m = mask[name]
             if isinstance(m, Tensor) and not bool(m.all()):
-                p, live = named[name], m.to(named[name].device)
+                p, live = named[name], fitted(m, named[name])
                 self.partial.append((p, live, p.detach().clone()))
         self.inner = self._make() if self.parameters else None
         self.steps = 0
@@ -43,6 +46,8 @@ class MaskedOptimizer:
             return torch.optim.SGD(self.parameters, lr=spec.lr, momentum=spec.momentum, foreach=foreach)
         if spec.name == "adam":
             return torch.optim.Adam(self.parameters, lr=spec.lr, foreach=foreach)
+        if spec.name == "adamw_8bit":
+            return _in_8_bits(self.parameters).AdamW8bit(self.parameters, lr=spec.lr, weight_decay=spec.weight_decay)
         return torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=spec.weight_decay, foreach=foreach)
 
     def _decay(self) -> None:
@@ -110,9 +115,20 @@ class MaskedOptimizer:
         for full, value in tensors.items():
             name, key = full.rsplit("|", 1)
             p = named[name]
-            place = "cpu" if key == "step" else p.device
             assert self.inner is not None
-            self.inner.state[p][key] = value.clone().to(place)
+            own = value.clone()
+            self.inner.state[p][key] = (
+                own.cpu() if key == "step" else fitted(own, p) if own.shape == p.shape else own.to(p.device)
+            )
+
+
+def _in_8_bits(parameters: list[nn.Parameter]) -> Any:
+    """The library of 8-bit optimizers, which has kernels for CUDA alone."""
+    if not all(p.is_cuda for p in parameters):
+        raise BadSetting(
+            f"expected the model on a CUDA device for adamw_8bit, found it on {parameters[0].device}; use adamw, or device='cuda'"
+        )
+    return need_extra("bitsandbytes", "language")
 
 
 def _moves(mask: Tensor | bool) -> bool:

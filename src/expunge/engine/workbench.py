@@ -15,6 +15,7 @@ from expunge.cases.case import Case
 from expunge.cases.data import Split
 from expunge.errors import ExpungeWarning
 from expunge.parts.references import References
+from expunge.parts.scalars import Scalars
 from expunge.parts.step import Step
 from expunge.seeds import derive, generator
 from expunge.tasks.base import Batch, Task, evaluating
@@ -40,8 +41,15 @@ class Workbench:
     warnings: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     report: Callable[[str, int, int], None] | None = None
+    original: nn.Module = None  # type: ignore[assignment]
+    """The model that the request came with, never changed: the case's own, unless that is the working copy."""
+    scalars: Scalars | None = None
+    """Where references keep their numbers between runs."""
+    phase: int = 0
+    """Which phase of a plan is at work; in the first, the working copy is still the original."""
 
     def __post_init__(self) -> None:
+        self.original = self.case.model if self.original is None else self.original
         self.networks.setdefault("model", self.model)
         self.splits = {**self.case.splits, **self.splits}
         if self.references is None:
@@ -49,7 +57,9 @@ class Workbench:
             self.references = References(
                 case.task,
                 self.device,
-                {"original": lambda: case.model, "random": lambda: case.fresh(derive(seed, "random teacher"))},
+                {"original": lambda: self.original, "random": lambda: case.fresh(derive(seed, "random teacher"))},
+                steady=self.original is not self.model,
+                scalars=self.scalars,
             )
         self._constants = self.task.constants(self.model, self.case.data)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from expunge.parts.scopes.base import Scope
     from expunge.parts.stops import Stop
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "adamw_8bit")
 SCHEDULES = ("constant", "cosine", "linear", "steps")
 RHYTHMS = ("together", "in_turn", "mixed")
 
@@ -46,6 +46,7 @@ RHYTHMS = ("together", "in_turn", "mixed")
 class Optimizer:
     """How weights move.
 
+    name: adamw_8bit is adamw with its state in 8 bits (bitsandbytes, on CUDA only).
     lr: per step. momentum: sgd only. weight_decay: coupled (L2) for sgd and adam, decoupled for adamw.
     clip: largest norm of the whole gradient, None for no clipping.
     schedule: `constant`, `cosine` and `linear` (both to zero over all steps), `steps` (x `decay` after each epoch of
