@@ -201,7 +201,7 @@ def language_table(people: range):
 
 def _language(seed: int) -> Toy:
     table = language_table(range(PEOPLE))
-    recipe = Training(epochs=40, batch_size=16, optimizer=Optimizer("adamw", lr=5e-3, clip=1.0, schedule="linear"))
+    recipe = Training(epochs=80, batch_size=16, optimizer=Optimizer("adamw", lr=1e-2, clip=1.0, schedule="linear"))
     build = lambda: tiny_llama(len(words_tokenizer()))  # noqa: E731
     case = Case(build(), table, requests.where("person", ">=", PEOPLE - FORGOTTEN), task="language",
                 holdout=language_table(range(PEOPLE, PEOPLE + UNSEEN)), recipe=recipe, build=build, name="facts")  # fmt: skip
