@@ -5,7 +5,7 @@
         for epoch:
             for update in rhythm(epoch):           # which rows of which splits
                 steps  = one Step per split        # one forward each, shared by the terms of that split
-                inputs = adversary.inputs(...)     # worst-case inputs
+                steps  = adversary.attack(...)     # worst-case inputs or activations
                 g      = gradients of the terms    # through a weight-space adversary where one is set
                 balance -> one gradient -> masked optimizer step -> multipliers, averages, stop.after_step
             stop.after_epoch                       # holdout reached, utility floor, ...
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from expunge.engine.distribution import Distribution
+from expunge.engine.distribution import Distribution, complete, fitted
 from expunge.engine.measured import Measured, of_original
 from expunge.engine.optimizer import MaskedOptimizer
 from expunge.engine.rhythm import Update, updates_of
@@ -133,6 +133,7 @@ class Phase:
     ):
         self.plan, self.number, self.bench, self.position, self.trace = plan, number, workbench, position, trace
         self.checkpointer, self.distribution, self.log = checkpointer, distribution, log
+        workbench.phase = number
         self.seed = derive(workbench.seed, "phase", number)
         self.network = _auxiliary(plan, workbench)
         self.trained_name = plan.trains if isinstance(plan.trains, str) else plan.trains.name
@@ -143,11 +144,19 @@ class Phase:
         self.adversaries: tuple[Adversary, ...] = (
             plan.adversary if isinstance(plan.adversary, tuple) else (plan.adversary,) if plan.adversary else ()
         )
+        self.terms = (*plan.terms, *(goal for a in self.adversaries for goal in a.goal))
+        self.repeats = max((a.repeats for a in self.adversaries), default=1)
+        for adversary in self.adversaries:
+            if plan.terms and adversary.on not in plan.splits:
+                raise BadSetting(
+                    f"expected {adversary} to attack a split that the plan has terms on ({', '.join(plan.splits)}), found "
+                    f"'{adversary.on}'; pass on=..."
+                )
         self.splits = self._splits()
         self.labels = _labels(plan.terms)
         self.active_of: tuple[int, list[int]] = (-1, [])
         self.layers = {
-            name: tuple(sorted({layer for t in plan.terms if t.on == name for layer in t.objective.layers}))
+            name: tuple(sorted({layer for t in self.terms if t.on == name for layer in t.objective.layers}))
             for name in plan.splits
         }
         self._measure, self._measure_original = Measured(workbench, lambda: self.trained), of_original(workbench)
@@ -189,7 +198,7 @@ class Phase:
         bench.model = self.trained if self.trained_name == "model" else bench.model
         try:
             mask = scope.select(bench) if self.trained_name == "model" else None
-            self.memory = {i: t.objective.prepare(bench, t.on) for i, t in enumerate(plan.terms)}
+            self.memory = {i: t.objective.prepare(bench, t.on) for i, t in enumerate(self.terms)}
         finally:
             bench.model = saved
         if mask is None:
@@ -203,16 +212,19 @@ class Phase:
         for name, p in self.trained.named_parameters():
             m = mask.get(name, False)
             p.requires_grad_(bool(m.any()) if isinstance(m, Tensor) else bool(m))
-        needs = collect_needs(plan.terms)
+        needs = collect_needs(self.terms)
         bench.references.fresh_inputs = any(s.augment is not None for s in self.splits.values())
-        bench.references.prepare(needs, self.splits)
+        with self.distribution.autocast():
+            bench.references.prepare(needs, self.splits)
         # A rollback needs a state to go back to; the case's own model is that, unless adapters have changed the keys.
         self.start = None if _shapes(self.trained) == _shapes(bench.case.model) else self._snapshot()
+        self.trained = self.distribution.shard(self.trained)
         updates = self._updates(0)
         per_epoch = len(updates)
         moves = self._moves()
         self.optimizers = [
-            MaskedOptimizer(self.trained, spec, mask, per_epoch * plan.epochs, per_epoch) for spec, _ in moves
+            MaskedOptimizer(self.trained, spec, mask, per_epoch * plan.epochs * self.repeats, per_epoch * self.repeats)
+            for spec, _ in moves
         ]
         self.moves = [terms for _, terms in moves]
         self.anchors = [[p.detach().clone() for p in o.parameters] for o in self.optimizers] if plan.proximal else []
@@ -237,7 +249,7 @@ class Phase:
         return self.active_of[1]
 
     def _weight(self, i: int, epoch: int) -> float:
-        schedule = self.plan.terms[i].schedule
+        schedule = self.terms[i].schedule
         if isinstance(schedule, Feedback):
             return schedule.value(self.position.multipliers.get(str(i), schedule.start))
         return schedule.at(epoch, self.plan.epochs)
@@ -265,9 +277,10 @@ class Phase:
             with torch.no_grad():
                 for p, mean in zip(self.optimizers[0].parameters, self.mean, strict=True):
                     p.copy_(mean)
-        back = self.scope.leave(self.trained)
+        self.bench.references.give_back()
+        back = self.scope.leave(self.distribution.gather(self.trained))
         for p, flag in self.flags:
-            p.requires_grad_(flag)
+            self.distribution.now(p).requires_grad_(flag)
         if self.trained_name == "model":
             self.bench.model = back
         self.bench.networks[self.trained_name] = back
@@ -318,7 +331,7 @@ class Phase:
             return
         reference = rule.reference(self._measure)
         chosen = rule.choose(self.position.kept_values, reference)
-        self.trained.load_state_dict(self.kept[chosen])
+        self.distribution.load(self.trained, self.kept[chosen])
         self.bench.note("rewound_to_epoch", chosen + 1)
         self.bench.note("rewind_reference", reference)
 
@@ -330,13 +343,14 @@ class Phase:
 
     def _halted(self, halt: Halt) -> Halt:
         if halt.rollback and self.trained_name == "model":
-            self.trained.load_state_dict(self.best or self.start or self.bench.case.model.state_dict())
+            self.distribution.load(self.trained, self.best or self.start or self.bench.original.state_dict())
             self.bench.warn(halt.warning, Diverged if "loss of" in halt.reason else CollapsedUtility)
         return halt
 
     def _snapshot(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """A copy of the state on the CPU; into: an earlier snapshot whose memory is used again."""
-        state = {k: v.detach() for k, v in self.trained.state_dict().items()}
+        still = {n for n, p in self.trained.named_parameters() if not p.requires_grad}
+        state = {k: v.detach() for k, v in self.trained.state_dict().items() if k not in still}
         if into is None:
             return {k: v.to("cpu", copy=True) for k, v in state.items()}
         for name, value in state.items():
@@ -346,7 +360,8 @@ class Phase:
     # -- one update ------------------------------------------------------------------------------------------------
     def _one(self, update: Update, updates_per_epoch: int) -> Halt | None:
         epoch, entry = self.position.epoch, {}
-        _seed_draws(derive(self.seed, "step", epoch, self.position.update), self.bench.device)
+        self.draws = derive(self.seed, "step", epoch, self.position.update)
+        _seed_draws(self.draws, self.bench.device)
         share = {n: len(ids) for n, ids in update.items()}
         weights = self.distribution.local_weights(share)
         local = {n: self.distribution.mine(ids) for n, ids in update.items()}
@@ -356,10 +371,17 @@ class Phase:
             if not chosen:
                 continue
             steps = self._steps(local, updates_per_epoch)
+            factor = self._factors(chosen, weights, share)
             optimizer.zero_grad()
-            losses = self._gradients(chosen, steps, optimizer, weights, share)
-            optimizer.epoch = epoch
-            optimizer.step()
+            self._attack(chosen, steps, factor)
+            for repeat in range(self.repeats):  # one attack, several updates
+                if repeat:
+                    optimizer.zero_grad()
+                    used, steps = steps, _again(steps)
+                    _let_go(used)
+                losses = self._gradients(chosen, steps, optimizer, weights, factor)
+                optimizer.epoch = epoch
+                optimizer.step()
             _let_go(steps)
             if self.plan.proximal is not None:
                 progress = (epoch + (self.position.update + 1) / updates_per_epoch) / self.plan.epochs
@@ -411,35 +433,41 @@ class Phase:
     def _value(self, i: int, step: Step) -> Tensor:
         """(B,) an objective's value; its prepared memory is handed over with the step."""
         step.scratch["memory"] = self.memory.get(i)
-        return self.plan.terms[i].objective(step)
+        return self.terms[i].objective(step)
+
+    def _factors(self, chosen: list[int], weights: dict[str, float], share: dict[str, int]) -> dict[int, float]:
+        """What each term's mean is multiplied with in this update."""
+        factor, rows = {}, sum(share.values())
+        for i in chosen:
+            on = self.plan.terms[i].on
+            part = share[on] / rows if self.plan.rhythm == "mixed" else 1.0
+            factor[i] = self._weight(i, self.position.epoch) * part * weights[on]
+        return factor
+
+    def _attack(self, chosen: list[int], steps: dict[str, Step], factor: dict[int, float]) -> None:
+        """Replace the steps of attacked splits by their worst case. A goal's weights are relative to their sum."""
+        first = len(self.plan.terms)
+        for adversary in self.adversaries:
+            own = range(first, first + len(adversary.goal))
+            first += len(adversary.goal)
+            attacked = {i: factor[i] for i in chosen if self.plan.terms[i].on == adversary.on}
+            if adversary.space == "weights" or not attacked:
+                continue
+            if adversary.goal:
+                total = sum(abs(self._weight(i, self.position.epoch)) for i in own)
+                attacked = {i: -self._weight(i, self.position.epoch) / total for i in own}
+
+            def harm(s: Step, which: dict[int, float] = attacked) -> Tensor:
+                return torch.stack([w * self._value(i, s).mean() for i, w in which.items()]).sum()
+
+            steps[adversary.on] = adversary.attack(steps[adversary.on], harm)
 
     def _gradients(
         self, chosen: list[int], steps: dict[str, Step], optimizer: MaskedOptimizer, weights: dict[str, float],
-        share: dict[str, int],
+        factor: dict[int, float],
     ) -> dict[int, float]:  # fmt: skip
         """Put one gradient into every parameter's `.grad`; return each term's mean loss (before its weight)."""
         terms, parameters = self.plan.terms, optimizer.parameters
-        factor = {}
-        rows = sum(share.values())
-        for i in chosen:
-            on = terms[i].on
-            part = share[on] / rows if self.plan.rhythm == "mixed" else 1.0
-            factor[i] = self._weight(i, self.position.epoch) * part * weights[on]
-        for adversary in self.adversaries:
-            if adversary.space == "inputs" and adversary.on in steps:
-                attacked = [i for i in chosen if terms[i].on == adversary.on]
-                if attacked:
-                    step = steps[adversary.on]
-
-                    def objective(s: Step, which: list[int] = attacked) -> Tensor:
-                        return torch.stack([factor[i] * self._value(i, s).mean() for i in which]).sum()
-
-                    clean = step.batch
-                    step = step.again()
-                    step.batch = adversary.inputs(step, objective)
-                    step.scratch["clean"] = clean
-                    self.bench.references.fresh_inputs = True
-                    steps[adversary.on] = step
         losses: dict[int, float] = {}
         hard = [a for a in self.adversaries if a.space == "weights"]
         with self.distribution.autocast():
@@ -457,9 +485,9 @@ class Phase:
                 return {i: self.distribution.mean(float(m.detach()), weights[terms[i].on]) for i, m in means.items()}
 
             def take(which: list[int], again: bool) -> list[Tensor]:
-                fresh = {n: s.again() for n, s in steps.items()} if again else steps
-                for step in fresh.values():
-                    step.peers = fresh
+                fresh = _again(steps) if again else steps
+                if again:  # the same dropout in every pass of an adversary
+                    _seed_draws(self.draws, self.bench.device)
                 value: Any = 0.0
                 for i in which:
                     mean = self._value(i, fresh[terms[i].on]).mean()
@@ -467,7 +495,7 @@ class Phase:
                     value = value + factor[i] * mean
                 if not parameters or not isinstance(value, Tensor) or not value.requires_grad:
                     return [torch.zeros_like(p) for p in parameters]
-                found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=not again)
+                found = self.distribution.gradients(value, parameters, retain_graph=not again)
                 if again:
                     _let_go(fresh)
                 gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
@@ -491,11 +519,11 @@ class Phase:
             if self.plan.balance is None:
                 combined = [sum(parts) for parts in zip(*rows_of, strict=True)]
             else:
-                matrix = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows_of])
+                matrix = torch.stack([torch.cat([complete(g).reshape(-1) for g in row]) for row in rows_of])
                 flat = self.plan.balance.combine(matrix, [terms[w[0]].on for w in groups])
                 combined, start = [], 0
                 for p in parameters:
-                    combined.append(flat[start : start + p.numel()].view_as(p))
+                    combined.append(fitted(flat[start : start + p.numel()].view(p.shape), p))
                     start += p.numel()
             for p, g in zip(parameters, combined, strict=True):
                 p.grad = g.detach() if isinstance(g, Tensor) else torch.zeros_like(p)
@@ -542,10 +570,20 @@ def _seed_draws(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
+def _again(steps: dict[str, Step]) -> dict[str, Step]:
+    """The same batches and draws, to be run anew."""
+    fresh = {n: s.again() for n, s in steps.items()}
+    for step in fresh.values():
+        step.peers = fresh
+    return fresh
+
+
 def _let_go(steps: dict[str, Step]) -> None:
     """Steps know each other; without this their batches and outputs would stay in memory until Python looks for cycles."""
     for step in steps.values():
-        step.peers, step.joint = {}, None
+        for one in (step, step.clean):
+            if one is not None:
+                one.peers, one.joint = {}, None
 
 
 def _auxiliary(plan: Plan, workbench: Workbench) -> nn.Module:

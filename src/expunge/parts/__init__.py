@@ -61,7 +61,7 @@ from expunge.parts.stops import divergence, forget_reaches_holdout, steps, utili
 __all__ = [
     "Auxiliary", "Constant", "Decay", "Edit", "Exact", "Guard", "Multiplier", "Optimizer", "Plan", "Protection",
     "Rise", "Term", "Training", "Until", "adversaries", "aggregate", "anchor", "ascend", "at_choices", "average",
-    "balances", "beside", "ceu", "class_noise", "curvature", "divergence", "dpo", "everything", "expanded",
+    "balances", "beside", "ceu", "class_noise", "clean", "curvature", "divergence", "dpo", "everything", "expanded",
     "fisher_ratio", "fit", "flat", "flatten_logits", "forget_reaches_holdout", "from_uniform", "gradient_penalty",
     "hold", "instead", "inverted_hinge", "kto", "l1", "l2", "largest", "last_layers", "last_output", "latent", "layers", "leave",
     "low_rank", "match", "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned",

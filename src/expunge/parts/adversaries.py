@@ -1,9 +1,10 @@
-"""Inner players that make a term's gradient harder earned: in weight space, in input space, and averages of iterates.
+"""Inner players that make a term's gradient harder earned: in weight space, in input space, and averages of iterates. The one
+in latent space has a file of its own (`latents.py`).
 
 An adversary changes how the gradient of the terms on its split is taken; the other terms keep theirs
 (Fan et al., 2502.05374: only the forget loss is perturbed). Hooks, in the order the loop calls them:
 
-    inputs(step)                          -> the batch the terms see instead
+    attack(step, harm)                    -> the step the terms see instead: worst-case inputs or activations
     gradient(take, parameters, rng)       -> the gradient of the attacked terms; `take()` gives it at the weights as they are
     after_step / finish                   -> averages
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from expunge.errors import BadSetting
 
 if TYPE_CHECKING:
+    from expunge.parts.plan import Term
     from expunge.parts.step import Step
     from expunge.tasks.base import Batch
 
@@ -32,10 +34,14 @@ class Adversary:
 
     on: str = "forget"
     space: str = "weights"
+    goal: tuple[Term, ...] = ()
+    """What it minimises, where that is not to maximise the attacked terms (latent and input space)."""
+    repeats: int = 1
+    """Updates of the weights under one attack (latent and input space)."""
 
-    def inputs(self, step: Step, objective: Callable[[Step], Tensor]) -> Batch:
-        """The batch that the terms see instead of the step's (input space only)."""
-        return step.batch
+    def attack(self, step: Step, harm: Callable[[Step], Tensor]) -> Step:
+        """The step that the terms see instead, with `clean` set to this one; harm: what to maximise (latent and input space)."""
+        return step
 
     def gradient(self, take: Take, parameters: list[Tensor], rng: torch.Generator) -> Gradients:
         """The gradient of the attacked terms (weight space only)."""
@@ -174,7 +180,14 @@ class InputAttack(Adversary):
         if self.radius < 0 or self.steps < 1:
             raise BadSetting(f"expected radius >= 0 and steps >= 1, found {self.radius} and {self.steps}; correct them")
 
+    def attack(self, step: Step, harm: Callable[[Step], Tensor]) -> Step:
+        hard = step.again()
+        hard.batch, hard.clean = self.inputs(step, harm), step
+        step.references.fresh_inputs = True
+        return hard
+
     def inputs(self, step: Step, objective: Callable[[Step], Tensor]) -> Batch:
+        """The batch within the ball that makes the objective largest."""
         name = step.task.input
         clean = step.batch[name]
         size = self.step_size if self.step_size is not None else 2.5 * self.radius / self.steps
