@@ -18,6 +18,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,7 +184,8 @@ class References:
     def fresh(self, name: str, batch: Batch) -> Output:
         """What a frozen model says about any batch, relabelled ones too: caches know only the splits' own rows."""
         with self.running(name) as model:
-            return self.task.forward(model, batch)
+            output = self.task.forward(model, batch)
+            return output.under(partial(adapters_off, model)) if name in self._lent else output
 
     def features(self, name: str, batch: Batch, layers: tuple[str, ...]) -> dict[str, Tensor]:
         with self.running(name) as model, capturing(model, layers) as seen:

@@ -73,7 +73,7 @@ class Joint:
                 k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (sum(sizes),) else v
                 for k, v in output.extra.items()
             }
-            step._output = Output(output.prediction[rows], extra)
+            step._output = output.part(rows, extra)
             step._features = {k: v[rows] for k, v in seen.items()}
             start += size
 

@@ -73,6 +73,14 @@ class Output:
     def detach(self) -> Output:
         return Output(self.prediction.detach(), self.extra)
 
+    def part(self, rows: slice, extra: Mapping[str, Any]) -> Output:
+        """Some rows, with what else belongs to them."""
+        return Output(self.prediction[rows], extra)
+
+    def under(self, within: Callable[[], Any]) -> Output:
+        """The same, where what is still to be computed of it must be computed inside this context."""
+        return self
+
 
 Choice = Callable[..., Tensor]
 """(logits (N, K), answers (N,)[, other logits (N, K)]) -> (N,) or (N, M): a pure function, each row for itself."""

@@ -11,8 +11,8 @@ cannot (no decoder apart from the head, a head that reads more than the last sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expunge.errors import UnmetNeed
 from expunge.tasks.base import Output
 
 NUMBERS = 2**25
@@ -35,46 +36,65 @@ class Pieces(Output):
     `prediction` is (B, L, V) as in any output, in full for whoever asks; `mapped` is for those who can do without.
     """
 
-    def __init__(self, states: Tensor, model: nn.Module, chunk: int | None, extra: Mapping[str, Any] | None = None):
+    states: Tensor
+    model: nn.Module
+    chunk: int
+    within: Callable[[], Any]
+    whole: Tensor | None
+    kept: tuple[Tensor, Tensor] | None
+
+    def __init__(
+        self, states: Tensor, model: nn.Module, chunk: int | None, extra: Mapping[str, Any] | None = None,
+        within: Callable[[], Any] = nullcontext,
+    ):  # fmt: skip
         size = chunk or max(NUMBERS // _vocabulary(model), 1)
-        own = {"states": states, "model": model, "chunk": size, "extra": extra or {}, "whole": None}
-        for name, value in own.items():
+        own = {"states": states, "model": model, "chunk": size, "extra": extra or {}, "within": within}
+        for name, value in {**own, "whole": None, "kept": None}.items():
             object.__setattr__(self, name, value)  # the base is frozen
 
     @property
     def prediction(self) -> Tensor:  # type: ignore[override]
-        if self.whole is None:
-            object.__setattr__(self, "whole", logits_of(self.model, self.states))
-        return self.whole
+        found = self.logits(self.states) if self.whole is None else self.whole
+        object.__setattr__(self, "whole", found)
+        return found
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., V) of states (..., d)."""
+        with self.within():
+            return logits_of(self.model, states) if states.dim() == 3 else logits_of(self.model, states[None])[0]
+
+    def changed(self, **changes: Any) -> Pieces:
+        own = {name: getattr(self, name) for name in ("states", "model", "chunk", "extra", "within")}
+        return Pieces(**{**own, **changes})
 
     def detach(self) -> Pieces:
-        return Pieces(self.states.detach(), self.model, self.chunk, self.extra)
+        return self.changed(states=self.states.detach())
 
-    def rows(self, rows: slice, extra: Mapping[str, Any]) -> Pieces:
-        return Pieces(self.states[rows], self.model, self.chunk, extra)
+    def part(self, rows: slice, extra: Mapping[str, Any]) -> Pieces:
+        return self.changed(states=self.states[rows], extra=extra)
 
-    def at(self, filled: Tensor) -> Tensor:
-        """(N, d) the states where `filled` (B, L) is true."""
-        return self.states[:, : filled.shape[1]][filled]
+    def under(self, within: Callable[[], Any]) -> Pieces:
+        return self.changed(within=within)
 
 
-def mapped(function: Callable[..., Tensor], outputs: list[Pieces], filled: Tensor, answers: Tensor) -> Tensor:
-    """`function(logits (N, V), answers (N,)[, other logits (N, V)])` over all N positions, a piece at a time -> (N, ...).
+def mapped(function: Callable[..., Tensor], outputs: Sequence[Output], filled: Tensor, answers: Tensor) -> Tensor:
+    """`function(logits (N, V), answers (N,)[, other logits (N, V)])` over all N positions that are `filled` (B, L).
 
-    outputs: the model's, and where the function takes it, the other's. One piece is kept for the backward pass as it is;
-    several are made again there.
+    outputs: the model's, and where the function takes it, the other's. What fits in one piece is made once and kept for the
+    backward pass; several pieces are made again there.
     """
-
-    def piece(own: Tensor, *states: Tensor) -> Tensor:
-        found = [logits_of(o.model, s[None])[0] for o, s in zip(outputs, states, strict=True)]
-        return function(widened(found[0]), own, *map(widened, found[1:]))
-
-    states = [o.at(filled) for o in outputs]
-    size = min(o.chunk for o in outputs)
+    size = min((o.chunk for o in outputs if isinstance(o, Pieces)), default=len(answers))
     if len(answers) <= size:
-        return piece(answers, *states)
+        logits = [_widened(_whole(o, filled)) for o in outputs]
+        return function(logits[0], answers, *logits[1:])
+
+    def piece(own: Tensor, *some: Tensor) -> Tensor:
+        found = [_widened(o.logits(x) if isinstance(o, Pieces) else x) for o, x in zip(outputs, some, strict=True)]
+        return function(found[0], own, *found[1:])
+
+    inputs = [(o.states if isinstance(o, Pieces) else o.prediction)[:, : filled.shape[1]][filled] for o in outputs]
     parts = []
-    for own, *some in zip(answers.split(size), *(s.split(size) for s in states), strict=True):
+    for own, *some in zip(answers.split(size), *(x.split(size) for x in inputs), strict=True):
         if torch.is_grad_enabled():
             parts.append(checkpoint(piece, own, *some, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -82,17 +102,26 @@ def mapped(function: Callable[..., Tensor], outputs: list[Pieces], filled: Tenso
     return torch.cat(parts)
 
 
-def widened(logits: Tensor) -> Tensor:
+def _whole(output: Output, filled: Tensor) -> Tensor:
+    """(N, V) logits, made once for all that read the same output at the same positions."""
+    if not isinstance(output, Pieces):
+        return output.prediction[:, : filled.shape[1]][filled]
+    if output.kept is not None and torch.equal(output.kept[0], filled):
+        return output.kept[1]
+    logits = output.logits(output.states[:, : filled.shape[1]][filled])
+    object.__setattr__(output, "kept", (filled, logits))
+    return logits
+
+
+def _widened(logits: Tensor) -> Tensor:
     """Logits in at least float32, where sums over a vocabulary are taken."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 # -- asking a model ----------------------------------------------------------------------------------------------------
-def states_at(model: nn.Module, where: Tensor, shape: torch.Size, call: Callable[[], Any]) -> tuple[Tensor, Any]:
-    """(B, L, d) what the head reads at positions `where` (B, L), and the model's result, whose logits are empty.
-
-    call: runs the model on its (B, T) inputs of this shape.
-    """
+def states_at(model: nn.Module, where: Tensor, shape: torch.Size, call: Callable[[], Any]) -> Tensor:
+    """(B, L, d) what the head reads at positions `where` (B, L). call: runs the model on its (B, T) inputs of this shape;
+    its own head gets nothing to do."""
     seen: list[Tensor] = []
 
     def pick(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,10 +133,10 @@ def states_at(model: nn.Module, where: Tensor, shape: torch.Size, call: Callable
 
     hook = model.get_output_embeddings().register_forward_pre_hook(pick)  # type: ignore[operator]
     try:
-        result = call()
+        call()
     finally:
         hook.remove()
-    return seen[0], result
+    return seen[0]
 
 
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
@@ -140,7 +169,7 @@ def _try(model: nn.Module) -> bool:
         return False
     finally:
         hook.remove()
-    return own.shape == whole.shape and torch.equal(own, whole)
+    return own.shape == whole.shape and torch.allclose(own.float(), whole.float(), rtol=1e-4, atol=1e-4)
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:
@@ -171,6 +200,36 @@ def _answering(model: nn.Module, states: Tensor):
             del decoder.forward
         else:
             decoder.forward = before  # type: ignore[method-assign]
+
+
+@contextmanager
+def recomputing(model: nn.Module):
+    """Blocks of a model of transformers keep no activations for the backward pass (in train mode), but run again there.
+
+    A block with hooks is left out: they would be gone, or others, when it runs again (latent attacks, steering).
+    """
+    name = next(
+        (n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(model, f"{n}_enable")), None
+    )
+    if name is None:
+        raise UnmetNeed(
+            f"expected a model of transformers for gradient checkpointing, found {type(model).__name__}; "
+            "use Language(gradient_checkpointing=False)"
+        )
+    # transformers 6 keeps only the first of the two names
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    for block in model.modules():
+        if getattr(block, "gradient_checkpointing", False) and any(map(_hooked, block.modules())):
+            block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
+
+
+def _hooked(module: nn.Module) -> bool:
+    own = 1 if hasattr(module, "_get_fsdp_state") else 0  # a sharded block's own pair, which knows how to run again
+    return len(module._forward_pre_hooks) > own or len(module._forward_hooks) > own
 
 
 def _vocabulary(model: nn.Module) -> int:

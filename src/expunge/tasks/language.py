@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.tasks.base import Batch, Choice, Measurements, Output, PerExample, Task, evaluating, move_to_model
+from expunge.tasks.head import Pieces, mapped, recomputing, splits_off, states_at
 
 RELABEL_POLICIES = ("other", "refusal", "random", "alternates")
 NO_ANSWER = -100
@@ -52,8 +53,15 @@ def token_statistics(logits: Tensor, answers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Language(Task):
-    """Next-token prediction of answers."""
+    """Next-token prediction of answers.
 
+    chunk: tokens whose logits are in memory together (see `head`); None: as many as make 2^25 logits.
+    gradient_checkpointing: blocks are run again in the backward pass instead of keeping their activations; for models of
+        transformers, in train mode.
+    """
+
+    chunk: int | None = None
+    gradient_checkpointing: bool = False
     name = "language"
     utility = "probability"
     input = "input_ids"
@@ -62,9 +70,13 @@ class Language(Task):
 
     # -- running ---------------------------------------------------------------------------------------------------
     def forward(self, model: nn.Module, batch: Batch) -> Output:
-        """The logits (B, L, V) that predict the answers' tokens."""
+        """The logits (B, L, V) that predict the answers' tokens, made when they are read."""
         where = answer_index(batch[self.labels])
-        return Output(logits_at(model, batch, where))
+        with recomputing(model) if self.gradient_checkpointing and torch.is_grad_enabled() else nullcontext():
+            if not splits_off(model):
+                return Output(logits_at(model, batch, where))
+            states = states_at(model, where, batch["input_ids"].shape, partial(_run, model, batch))
+            return Pieces(states, model, self.chunk)
 
     def answers_at(self, batch: Batch) -> Tensor:
         """(B, L) the answers' tokens, left-aligned, -100 beyond an example's own."""
@@ -82,14 +94,7 @@ class Language(Task):
     ) -> Tensor:
         answers = self.answers_at(batch)
         filled = answers != NO_ANSWER
-        width = answers.shape[1]  # a joint forward pads to the longest of all its splits
-
-        def picked(out: Output) -> Tensor:
-            logits = out.prediction[:, :width][filled]
-            return logits if logits.dtype == torch.float64 else logits.float()
-
-        rest = () if other is None else (picked(other),)
-        found = function(picked(output), answers[filled], *rest)
+        found = mapped(function, [output] if other is None else [output, other], filled, answers[filled])
         table = found.new_zeros((*filled.shape, *found.shape[1:]))
         table[filled] = found
         if reduce == "none":
@@ -369,13 +374,19 @@ def logits_at(model: nn.Module, batch: Batch, where: Tensor) -> Tensor:
     logits after its head (soft caps, scales) is done by the model itself.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return _at(_logits(_run(model, batch)), where)
+    with _picking(head, where, batch["input_ids"].shape):
+        return _logits(_run(model, batch))
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
     keywords: dict[str, Any] = {"attention_mask": batch["attention_mask"]} if _accepts(model, "attention_mask") else {}
     if _accepts(model, "use_cache"):
         keywords["use_cache"] = False
-    if head is None:
-        return _at(_logits(model(batch["input_ids"], **keywords)), where)
-    with _picking(head, where, batch["input_ids"].shape):
-        return _logits(model(input_ids=batch["input_ids"], **keywords))
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return model(batch["input_ids"], **keywords)  # a plain module names its argument as it likes
+    return model(input_ids=batch["input_ids"], **keywords)
 
 
 def _logits(result: Any) -> Tensor:
