@@ -21,6 +21,7 @@ _FACE = {
     "load_data": "expunge.cases.loading",
     "Classification": "expunge.tasks",
     "Regression": "expunge.tasks",
+    "Curves": "expunge.engine.measured",
     "Optimizer": "expunge.parts.plan",
     "Plan": "expunge.parts.plan",
     "Term": "expunge.parts.plan",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from expunge.cases import Case as Case
     from expunge.cases import TensorData as TensorData
     from expunge.cases import requests as requests
+    from expunge.engine.measured import Curves as Curves
     from expunge.methods.outcome import Outcome as Outcome
     from expunge.methods.outcome import unlearn as unlearn
     from expunge.parts.plan import Optimizer as Optimizer

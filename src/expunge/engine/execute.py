@@ -21,7 +21,7 @@ from expunge.cases.data import Split
 from expunge.engine.checkpoint import Checkpointer
 from expunge.engine.distribution import Distribution
 from expunge.engine.loop import Trace, run_plan
-from expunge.engine.measured import after_edit
+from expunge.engine.measured import Curves, after_edit
 from expunge.engine.memory import out_of_memory
 from expunge.engine.original import Original
 from expunge.engine.rundir import RunDirectory
@@ -66,12 +66,15 @@ def execute(
     state: dict[str, Any] | None = None,
     report: Callable[[str, int, int], None] | None = None,
     in_place: bool = False,
+    stop: Stop | None = None,
+    curves: Curves | None = None,
 ) -> Result:
     """Run `action` on a copy of `case.model` (the original is never changed, unless in_place) and return the copy.
 
     in_place: change `case.model` itself, so that memory holds one model; the original waits on disk (`Result.original`).
     floor: share of the original's utility on retain below which the best earlier state is restored; None turns it off.
     run: an open run directory for metrics and checkpoints. state: what the method kept from an earlier request.
+    stop: ends a plan, beside its own. curves: what to measure while a plan runs.
     """
     distribution = (
         Distribution.make(device, mixed_precision, trackers, str(run.path) if run else None)
@@ -100,7 +103,17 @@ def execute(
         if len(case.split("forget")) == 0:
             trace.ended = "nothing to forget"
         elif isinstance(action, Plan):
-            trace = _run_plan(action, bench, floor, run, identity, checkpoint_seconds, checkpoint_steps, distribution)
+            trace = _run_plan(
+                action,
+                bench,
+                _stops(floor, stop),
+                run,
+                identity,
+                checkpoint_seconds,
+                checkpoint_steps,
+                distribution,
+                curves,
+            )
         elif isinstance(action, Edit):
             with torch.random.fork_rng(devices=[]):
                 action.apply(bench)
@@ -143,10 +156,9 @@ def execute(
 
 
 def _run_plan(
-    plan: Plan, bench: Workbench, floor: float | None, run: RunDirectory | None, identity: str, seconds: float,
-    steps: int | None, distribution: Distribution,
+    plan: Plan, bench: Workbench, stop: Stop | None, run: RunDirectory | None, identity: str, seconds: float,
+    steps: int | None, distribution: Distribution, curves: Curves | None,
 ) -> Trace:  # fmt: skip
-    stop: Stop | None = UtilityFloor(floor) if floor is not None else None
     checkpointer, log = None, None
     if run is not None and distribution.is_main:
         checkpointer = Checkpointer(run.path, identity, seconds, steps)
@@ -161,7 +173,15 @@ def _run_plan(
                 write(entry)
             accelerator.log(entry["losses"], step=entry["step"])
 
-    return run_plan(plan, bench, stop=stop, checkpointer=checkpointer, distribution=distribution, log=log)
+    return run_plan(
+        plan, bench, stop=stop, checkpointer=checkpointer, distribution=distribution, log=log, curves=curves
+    )
+
+
+def _stops(floor: float | None, stop: Stop | None) -> Stop | None:
+    """The utility floor, asked first, and the caller's own."""
+    least = UtilityFloor(floor) if floor is not None else None
+    return least | stop if least is not None and stop is not None else least or stop
 
 
 def _check_floor(bench: Workbench, floor: float | None, trace: Trace) -> None:

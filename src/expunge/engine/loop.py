@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.engine.distribution import Distribution, complete, fitted
-from expunge.engine.measured import Measured, of_original
+from expunge.engine.measured import Curves, Measured, of_original
 from expunge.engine.optimizer import MaskedOptimizer
 from expunge.engine.rhythm import Update, updates_of
 from expunge.engine.workbench import Workbench
@@ -77,8 +77,10 @@ def run_plan(
     checkpointer: Checkpointer | None = None,
     distribution: Distribution | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
+    curves: Curves | None = None,
 ) -> Trace:
-    """Run a plan in place on `workbench.model`. stop: asked beside the plan's own. Returns the trace."""
+    """Run a plan in place on `workbench.model`. stop: asked beside the plan's own. curves: what to measure on the way. Returns
+    the trace."""
     phases = plan.phases or (plan,)
     last = max((i for i, p in enumerate(phases) if p.trains == "model"), default=-1)
     trace = Trace()
@@ -102,7 +104,16 @@ def run_plan(
         # A phase may harm on purpose what the next one repairs (UNSIR), so only the last one answers for the outcome.
         asked = stop if number == last else None
         runner = Phase(
-            phase, number, workbench, position, trace, asked, checkpointer, distribution or Distribution(), log
+            phase,
+            number,
+            workbench,
+            position,
+            trace,
+            asked,
+            checkpointer,
+            distribution or Distribution(),
+            log,
+            curves,
         )
         halted = runner.run(resumed if resumed is not None and resumed.position.phase == number else None)
         resumed = None
@@ -130,6 +141,7 @@ class Phase:
         checkpointer: Checkpointer | None,
         distribution: Distribution,
         log: Callable[[dict[str, Any]], None] | None,
+        curves: Curves | None = None,
     ):
         self.plan, self.number, self.bench, self.position, self.trace = plan, number, workbench, position, trace
         self.checkpointer, self.distribution, self.log = checkpointer, distribution, log
@@ -137,6 +149,7 @@ class Phase:
         self.seed = derive(workbench.seed, "phase", number)
         self.network = _auxiliary(plan, workbench)
         self.trained_name = plan.trains if isinstance(plan.trains, str) else plan.trains.name
+        self.curves = curves if self.trained_name == "model" else None
         stops: Stop = Divergence()
         for extra in (plan.stop, stop if self.trained_name == "model" else None):
             stops = stops if extra is None else stops | extra
@@ -221,6 +234,7 @@ class Phase:
         self.trained = self.distribution.shard(self.trained)
         updates = self._updates(0)
         per_epoch = len(updates)
+        self.total_updates = per_epoch * plan.epochs
         moves = self._moves()
         self.optimizers = [
             MaskedOptimizer(self.trained, spec, mask, per_epoch * plan.epochs * self.repeats, per_epoch * self.repeats)
@@ -296,6 +310,8 @@ class Phase:
             mean.copy_(saved)
         self.best: dict[str, Tensor] | None = self.resumed_best
         total = plan.epochs
+        if self.curves is not None and position.step == 0:
+            self._enter({"step": 0, "phase": self.number, "epoch": 0, "losses": {}})
         while position.epoch < total:
             updates = self._updates(position.epoch)
             while position.update < len(updates):
@@ -360,6 +376,7 @@ class Phase:
     # -- one update ------------------------------------------------------------------------------------------------
     def _one(self, update: Update, updates_per_epoch: int) -> Halt | None:
         epoch, entry = self.position.epoch, {}
+        self._measure.clear()
         self.draws = derive(self.seed, "step", epoch, self.position.update)
         _seed_draws(self.draws, self.bench.device)
         share = {n: len(ids) for n, ids in update.items()}
@@ -393,7 +410,7 @@ class Phase:
                 if isinstance(schedule, Feedback):
                     now = self.position.multipliers.get(str(i), schedule.start)
                     self.position.multipliers[str(i)] = schedule.next(now, value, epoch)
-        if self.plan.average is not None and self.plan.average.takes(self.position.step + 1):
+        if self.plan.average is not None and self.plan.average.takes(self.position.step + 1, self.total_updates):
             self.position.averaged += 1
             with torch.no_grad():
                 for mean, p in zip(self.mean, self.optimizers[0].parameters, strict=True):
@@ -403,10 +420,16 @@ class Phase:
         }  # fmt: skip
         if self.position.multipliers:
             record["multipliers"] = {i: self._weight(int(i), epoch) for i in self.position.multipliers}
+        self._enter(record)
+        return None
+
+    def _enter(self, record: dict[str, Any]) -> None:
+        """Into the history and the log, with what the curves ask for at this step."""
+        if self.curves is not None and record["step"] % self.curves.every == 0:
+            record["measured"] = self.curves.measure(self._measure)
         self.trace.history.append(record)
         if self.log is not None:
             self.log(record)
-        return None
 
     def _steps(self, rows: Update, updates_per_epoch: int) -> dict[str, Step]:
         steps: dict[str, Step] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
 from expunge.engine.workbench import Workbench
-from expunge.parts.stops import Progress
+from expunge.errors import BadSetting
+from expunge.parts.stops import Measure, Progress
 from expunge.seeds import generator
 
 
@@ -36,6 +38,29 @@ class Measured:
 
     def clear(self) -> None:
         self.known.clear()
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is measured while a method runs, before the first update and then every so many: `split.measurement`, such as
+    "forget.loss", "retain.utility", "forget.probability". rows: of each split, one fixed sample."""
+
+    every: int = 10
+    of: tuple[str, ...] = ("forget.loss", "forget.utility", "retain.loss", "retain.utility")
+    rows: int = 1000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", tuple(self.of))
+        odd = [name for name in self.of if name.count(".") != 1]
+        if self.every < 1 or odd:
+            raise BadSetting(
+                f"expected every >= 1 and names such as forget.loss or retain.utility, found every={self.every} and "
+                f"{', '.join(odd) or 'no odd name'}; correct them"
+            )
+
+    def measure(self, measured: Measure) -> dict[str, float]:
+        """Name -> value, of the network as it is now."""
+        return {name: float(measured(*name.split("."), rows=self.rows)) for name in self.of}
 
 
 def of_original(bench: Workbench) -> Measured:

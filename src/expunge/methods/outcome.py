@@ -11,11 +11,14 @@ from torch import nn
 
 from expunge.cases.case import Case
 from expunge.engine.execute import Result, execute, run_identity, weights_digest
-from expunge.engine.rundir import RunDirectory, load_weights, machine, versions
+from expunge.engine.measured import Curves
+from expunge.engine.rundir import RunDirectory, machine, versions
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.methods.registry import Configured, Method, find
 from expunge.methods.stored import is_protected, save_protected
+from expunge.parts.guarded import is_guard, load_saved
 from expunge.parts.plan import Action, Edit, Exact, Guard, Plan, Protection
+from expunge.parts.stops import Stop
 
 
 @dataclass
@@ -84,6 +87,8 @@ def unlearn(
     checkpoint_steps: int | None = None,
     trackers: list[str] | None = None,
     report: Callable[[str, int, int], None] | None = None,
+    stop: Stop | None = None,
+    curves: Curves | None = None,
     **settings: Any,
 ) -> Outcome:
     """Make `case.model` forget what `case.request` names.
@@ -97,6 +102,8 @@ def unlearn(
         floor: share of the original's utility on retain below which the best earlier state is restored. None: no floor.
         state: `outcome.state` of the previous request, for methods that keep some.
         report: called with (text, done, total) for progress.
+        stop: ends the run beside the method's own stop, e.g. `parts.reaches(0.1, "probability")`.
+        curves: what to measure while it runs, into `record["history"]` and metrics.jsonl; changes nothing else.
 
     Raises:
         UnmetNeed with everything that is missing, before any compute; BadSetting for a bad or unknown setting.
@@ -112,7 +119,12 @@ def unlearn(
         "formula": str(action),
         "seed": seed,
         "floor": floor,
+        **({"stop": str(stop)} if stop is not None else {}),
     }
+    if stop is not None and not isinstance(action, Plan):
+        raise BadSetting(
+            f"expected a method of many steps for stop={stop}, found {config['method']}, which has one; drop it"
+        )
 
     def tell(text: str, done: int, total: int) -> None:
         if report is not None:  # a phase without a name of its own goes by the method's
@@ -122,7 +134,7 @@ def unlearn(
         result = execute(
             action, case, seed=seed, device=device, mixed_precision=mixed_precision, floor=floor, run=directory,
             identity=identity, checkpoint_seconds=checkpoint_seconds, checkpoint_steps=checkpoint_steps, trackers=trackers,
-            state=state, report=tell if report is not None else None,
+            state=state, report=tell if report is not None else None, stop=stop, curves=curves,
         )  # fmt: skip
         return Outcome(
             result.model,
@@ -139,10 +151,11 @@ def unlearn(
     identity = run_identity(case, config)
     with RunDirectory(run) as directory:
         finished = directory.read_json("outcome.json")
-        if finished is not None and finished.get("identity") == identity and directory.weights_file.exists():
+        kept = directory.weights_file.exists() or is_guard(directory.model_path)
+        if finished is not None and finished.get("identity") == identity and kept:
             from copy import deepcopy
 
-            model = load_weights(deepcopy(case.model), directory.weights_file)
+            model = load_saved(directory.model_path, deepcopy(case.model))
             return Outcome(model, finished["record"], configured, case, {}, finished.get("proof"), action)
         directory.write_config(config)
         directory.write_environment()
@@ -152,6 +165,7 @@ def unlearn(
             save_protected(outcome.model, directory.model_path)  # it can serve the next request
         else:
             directory.save_model(outcome.model)
+            case.data.save_beside(directory.model_path)
         directory.write_json("outcome.json", {"identity": identity, "record": outcome.record, "proof": outcome.proof})
         (directory.path / "checkpoint.safetensors").unlink(missing_ok=True)
         return outcome

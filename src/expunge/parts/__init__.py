@@ -56,7 +56,7 @@ from expunge.parts.scopes import (
     salient,
     unpruned,
 )
-from expunge.parts.stops import divergence, forget_reaches_holdout, steps, utility_floor
+from expunge.parts.stops import divergence, forget_reaches_holdout, reaches, steps, utility_floor
 
 __all__ = [
     "Auxiliary", "Constant", "Decay", "Edit", "Exact", "Guard", "Multiplier", "Optimizer", "Plan", "Protection",
@@ -65,7 +65,7 @@ __all__ = [
     "fisher_ratio", "fit", "flat", "flatten_logits", "forget_reaches_holdout", "from_uniform", "gradient_penalty",
     "hold", "instead", "inverted_hinge", "kto", "l1", "l2", "largest", "last_layers", "last_output", "latent", "layers", "leave",
     "low_rank", "match", "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned",
-    "random_weights", "redrawn", "relabel", "rewind", "salient", "sam", "satimp", "schedules", "scopes", "simnpo",
+    "random_weights", "reaches", "redrawn", "relabel", "rewind", "salient", "sam", "satimp", "schedules", "scopes", "simnpo",
     "smooth", "soft_threshold", "steer", "steps", "stops", "undial", "unlikelihood", "unpruned", "utility_floor",
     "weighted_ascent", "worst_inputs",
 ]  # fmt: skip

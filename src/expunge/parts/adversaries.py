@@ -11,6 +11,7 @@ An adversary changes how the gradient of the terms on its split is taken; the ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -209,17 +210,26 @@ class InputAttack(Adversary):
 
 @dataclass(frozen=True)
 class Average:
-    """Mean of the weights every `every` steps from step `start` on; the mean is what comes out (WA)."""
+    """Mean of the weights every `every` steps from step `start` on; the mean is what comes out (WA). A start below 1 is a share
+    of all steps."""
 
-    start: int = 0
+    start: float = 0
     every: int = 1
 
-    def __str__(self) -> str:
-        return f"average(from {self.start}, every {self.every})"
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.every < 1:
+            raise BadSetting(
+                f"expected start >= 0 (a step, or a share of all below 1) and every >= 1, found {self.start} and {self.every}; "
+                "correct them"
+            )
 
-    def takes(self, step: int) -> bool:
-        """Whether the weights after update number `step` (from 1) enter the mean."""
-        return step >= self.start and (step - self.start) % self.every == 0
+    def __str__(self) -> str:
+        return f"average(from {self.start:g}, every {self.every})"
+
+    def takes(self, step: int, total: int = 0) -> bool:
+        """Whether the weights after update number `step` (from 1) of `total` enter the mean."""
+        start = math.ceil(self.start * total) if 0 < self.start < 1 else int(self.start)
+        return step >= start and (step - start) % self.every == 0
 
 
 def sam(rho: float = 0.01, on: str = "forget") -> Adversary:
@@ -247,6 +257,6 @@ def pgd(radius: float = 0.03, steps: int = 5, on: str = "forget", **settings: An
     return InputAttack(radius, steps, on=on, **settings)
 
 
-def average(start: int = 0, every: int = 1) -> Average:
-    """Weight averaging over the last iterates, for `Plan(average=...)`."""
+def average(start: float = 0, every: int = 1) -> Average:
+    """Weight averaging over the last iterates, for `Plan(average=...)`. start: a step, or below 1 a share of all steps."""
     return Average(start, every)

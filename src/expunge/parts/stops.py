@@ -25,7 +25,7 @@ class Measure(Protocol):
 @dataclass(frozen=True)
 class Progress:
     """What a stop sees. measure(split, key, rows) evaluates the model as it is now on one fixed sample of at most so many rows
-    (once per epoch); original: the same of the original, on the very same rows (once per run)."""
+    (once per update); original: the same of the original, on the very same rows (once per run)."""
 
     step: int
     epoch: int
@@ -103,6 +103,29 @@ class ForgetReachesHoldout(Stop):
 
 
 @dataclass(frozen=True)
+class Reaches(Stop):
+    """A measurement reaches a value, from the side on which the original is. every: asked after so many updates; 0: after
+    epochs only."""
+
+    value: float
+    key: str = "loss"
+    split: str = "forget"
+    every: int = 0
+
+    def after_step(self, progress: Progress) -> Halt | None:
+        return self.after_epoch(progress) if self.every and progress.step % self.every == 0 else None
+
+    def after_epoch(self, progress: Progress) -> Halt | None:
+        now, before = progress.measure(self.split, self.key), progress.original(self.split, self.key)
+        if (now >= self.value) if before <= self.value else (now <= self.value):
+            return Halt(f"{self.split} {self.key} {now:.4g} reached {self.value:.4g} (original {before:.4g})")
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.split} {self.key} reaches {self.value:g}"
+
+
+@dataclass(frozen=True)
 class UtilityFloor(Stop):
     """Utility on `split` may not fall below `keep` of the original's.
 
@@ -158,6 +181,12 @@ def steps(count: int) -> Stop:
 def forget_reaches_holdout(tolerance: float = 0.0) -> Stop:
     """End when the mean forget loss is within `tolerance` nats of the holdout's."""
     return ForgetReachesHoldout(tolerance)
+
+
+def reaches(value: float, key: str = "loss", split: str = "forget", every: int = 0) -> Stop:
+    """End at a stated level: when a measurement of the task ("loss", "probability", "accuracy", "utility") on a split reaches
+    `value`, coming from where the original is. every: updates between two looks; 0: after each epoch."""
+    return Reaches(value, key, split, every)
 
 
 def utility_floor(keep: float = 0.5, split: str = "retain") -> Stop:

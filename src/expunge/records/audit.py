@@ -77,6 +77,7 @@ class Audit:
         self.results.save(folder / "results.json")
         self.report(folder / "report.html")
         save_model(self.outcome.model, folder / "model")
+        self.outcome.case.data.save_beside(folder / "model")
         key = Path(key) if key is not None else folder.parent / "signing-key.pem"
         if not key.exists():
             new_key(key)
@@ -172,7 +173,8 @@ class Auditor:
             second = floor
             if second is None and first.model is not None and gold in ("retrain", "clean_label", "ensemble"):
                 self._tell("retraining the gold's second seed", 1, 2)
-                second = make_gold(gold, self.case, self.seed + 2002, cache, **settings)
+                # the next seed's gold, so that audits of consecutive seeds share trainings through the cache
+                second = make_gold(gold, self.case, self.seed + 1002, cache, **settings)
             return first, _as_gold(second)
         return _as_gold(gold), _as_gold(floor)  # type: ignore[return-value]
 
@@ -304,7 +306,7 @@ def _plots(subjects: Subjects, measured: list[Measured], history: list[dict[str,
             if m.curves and any(isinstance(c, Mapping) and "fpr" in c for c in m.curves.values())
         },
         "curves": [
-            {"step": h["step"], "epoch": h["epoch"], **{k: v for k, v in h["losses"].items()}}
+            {"step": h["step"], "epoch": h["epoch"], **h["losses"], **h.get("measured", {})}
             for h in _thin(history, 400)
         ],
     }
@@ -325,4 +327,4 @@ def _plots(subjects: Subjects, measured: list[Measured], history: list[dict[str,
 
 def _thin(history: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     stride = max(1, len(history) // most)
-    return history[::stride]
+    return [h for i, h in enumerate(history) if i % stride == 0 or "measured" in h]
