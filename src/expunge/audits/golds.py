@@ -19,7 +19,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,11 +184,11 @@ def gold_key(case: Case, split: Split, kind: str, seed: int) -> str:
     live = hashlib.sha256(torch.as_tensor(split.ids, dtype=torch.int64).numpy().tobytes()).hexdigest()
     facts = {
         "kind": kind,
-        "recipe": repr(case.recipe),
+        "recipe": _settings(case.recipe),
         "data": split.data.fingerprint(),
         "live": live,
         "seed": int(seed),
-        "task": repr(case.task),
+        "task": _settings(case.task),
         "model": [
             type(case.model).__qualname__,
             [[n, list(t.shape), str(t.dtype)] for n, t in case.model.state_dict().items()],
@@ -239,6 +239,17 @@ def _load(case: Case, file: Path, seed: int) -> nn.Module:
             f"({str(error).splitlines()[0]}); delete this file and run again, and the gold is trained anew"
         ) from error
     return model.eval()
+
+
+def _settings(thing: Any) -> Any:
+    """What was chosen of a dataclass: its class and the fields that differ from their defaults, so that a field which a later
+    version adds leaves kept golds in use."""
+    if isinstance(thing, type) or not is_dataclass(thing):
+        return repr(thing)
+    blank = {f.name: f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING
+             else MISSING for f in fields(thing)}  # fmt: skip
+    chosen = {name: value for name in blank if (value := getattr(thing, name)) != blank[name]}
+    return [type(thing).__qualname__, {name: _settings(value) for name, value in chosen.items()}]
 
 
 def _name(thing: Any) -> str:

@@ -10,6 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ class Data(ABC):
     def telling_rows(self) -> Tensor:
         """Row numbers of a small batch that shows whether data and model fit (extremes where the data knows them)."""
         return torch.arange(min(8, len(self)))
+
+    def save_beside(self, folder: Path) -> None:
+        """Write into a saved model's folder what the model needs to read such data (a tokenizer). Default: nothing."""
 
     def row_digests(self, ids: Tensor | Sequence[int]) -> list[str]:
         """sha256 of each row's content (all columns in name order): the only trace of an example in any record."""

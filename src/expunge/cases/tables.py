@@ -38,6 +38,26 @@ def read_file(path: Path | Sequence[Path], inputs: str | None = None, labels: st
     return as_table(columns, inputs, labels)
 
 
+def read_columns(path: Path) -> dict[str, list[Any]]:
+    """The columns of a .jsonl, .json (one object per line), .csv, .tsv or .parquet file as they stand, texts as texts."""
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            return _json_lines(path)
+        if path.suffix in (".csv", ".tsv"):
+            return _separated(path)
+        if path.suffix == ".parquet":
+            table = need_extra("pyarrow.parquet", "huggingface").read_table(path)
+            return {name: table.column(name).to_pylist() for name in table.column_names}
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, BadData):
+            raise
+        raise BadData(
+            f"expected a readable {path.suffix} file, found {path.name} damaged or of another kind "
+            f"({type(error).__name__}: {error}); write it again"
+        ) from error
+    raise BadData(f"expected a table as .jsonl, .json, .csv, .tsv or .parquet, found '{path.name}'; convert it")
+
+
 def renamed(names: Sequence[str], inputs: str | None, labels: str | None) -> dict[str, str]:
     """Which columns become `inputs` and `labels`: those named by the caller, else the usual ones."""
     found = {}

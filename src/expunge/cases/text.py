@@ -10,14 +10,17 @@ same with and without its answer.
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from expunge.cases.data import Data
+from expunge.cases.tables import read_columns
 from expunge.errors import BadData
 from expunge.tasks.base import Batch
 from expunge.tasks.language import padded
@@ -105,6 +108,10 @@ class TextData(Data):
         """The first rows, the shortest and the longest: what one forward should see to find rows that do not fit."""
         order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
         return torch.tensor(sorted({*range(min(4, len(self))), order[0], order[-1]}))
+
+    def save_beside(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     # -- texts -----------------------------------------------------------------------------------------------------
     def prompt_ids(self, ids: Tensor | Sequence[int] | None = None) -> list[list[int]]:
@@ -253,3 +260,49 @@ def _column(name: str, values: Any, rows: int) -> Tensor | list[Any]:
         return values
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     return torch.tensor(values) if numbers and rows else list(values)
+
+
+def load_text(
+    source: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    question: str = "question",
+    answer: str = "answer",
+    text: str = "text",
+    template: Template = None,
+    window: int = 512,
+    max_length: int | None = None,
+    refusals: Sequence[str] = (),
+) -> TextData:
+    """A text table from a file or a folder.
+
+    Args:
+        source: .jsonl, .json (lines), .csv, .tsv or .parquet with the columns `question` and `answer`, or `text`; a .txt
+            file, or a folder of them, each one text.
+        window: tokens of a row of plain text. The other settings are those of `question_answer`. Further columns of the
+            file stay as columns (for requests by predicate).
+    """
+    path = Path(source).expanduser()
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files or not all(f.is_file() for f in files):
+        raise BadData(f"expected a file of texts at '{source}', or a folder of .txt files, found none; check the path")
+    if files[0].suffix == ".txt":
+        texts = [f.read_text(encoding="utf-8") for f in files]
+        return plain_text(tokenizer, texts, window=window, file=[f.stem for f in files])
+    columns = read_columns(files[0])
+    rest = {n: v for n, v in columns.items() if n not in (question, answer, text) and _plain(v)}
+    if question in columns and answer in columns:
+        return question_answer(
+            tokenizer, list(map(str, columns[question])), list(map(str, columns[answer])), template=template,
+            max_length=max_length, refusals=refusals, **rest,
+        )  # fmt: skip
+    if text in columns:
+        return plain_text(tokenizer, list(map(str, columns[text])), window=window, **rest)
+    raise BadData(
+        f"expected the columns '{question}' and '{answer}', or '{text}', in {files[0].name}, found {', '.join(columns)}; name "
+        "yours: question=..., answer=..., text=..."
+    )
+
+
+def _plain(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, (int, float, str)) for v in values)

@@ -12,7 +12,8 @@ from torch import nn
 
 from expunge.cases import Case, requests
 from expunge.cases.data import Data, MapData, TensorData
-from expunge.cases.loading import find_function, load_data, load_model
+from expunge.cases.loading import find_function, load_data, load_model, load_tokenizer
+from expunge.cases.text import load_text
 from expunge.cli.config import CaseFile, Recipe, Request, Table
 from expunge.errors import BadData, BadRequest, nearest
 from expunge.methods.stored import load_protected
@@ -78,6 +79,8 @@ def _fresh(file: CaseFile) -> Callable[[], Any] | None:
 
 
 def _data(file: CaseFile, spec: Table) -> Data:
+    if file.task.name == "language":
+        return _texts(file, spec)
     data = load_data(str(file.path(spec.path)) if spec.path else str(spec.hub), split=spec.split)
     if spec.columns:
         data = _renamed(data, spec.columns)
@@ -88,6 +91,26 @@ def _data(file: CaseFile, spec: Table) -> Data:
                 f"expected {spec.transform} to return a Data, found {type(data).__name__}; wrap it with as_data"
             )
     return data
+
+
+def _texts(file: CaseFile, spec: Table) -> Data:
+    """Questions and answers, or plain text, in the tokens of the model's own tokenizer."""
+    about = spec.text
+    source = file.model.tokenizer or file.model.path or file.model.hub
+    if source is None:
+        raise BadData("expected a tokenizer for the texts, found none; add model.tokenizer: folder or hub id")
+    if spec.path is None:
+        raise BadData(
+            f"expected data.path, a file or folder of texts, found data.hub {spec.hub}; download it and give the file"
+        )
+    local = file.path(source)
+    tokenizer = load_tokenizer(local if local.is_dir() else source)
+    lines = file.path(about.refusals).read_text("utf-8").splitlines() if about.refusals else []
+    return load_text(
+        file.path(spec.path), tokenizer, question=about.question, answer=about.answer, text=about.text,
+        template=about.template, window=about.window, max_length=about.max_length,
+        refusals=[line.strip() for line in lines if line.strip()],
+    )  # fmt: skip
 
 
 def _renamed(data: Data, columns: dict[str, str]) -> Data:

@@ -47,6 +47,7 @@ class Model(Section):
     factory: str | None = Field(default=None, description="module:function that builds the network")
     weights: str | None = Field(default=None, description="safetensors file with the network's weights")
     settings: dict[str, Any] = Field(default={}, description="keywords of the factory")
+    tokenizer: str | None = Field(default=None, description="folder or hub id; default: the model's")
     protected: str | None = Field(default=None, description="folder of a model that 'expunge protect' has trained")
 
     @model_validator(mode="after")
@@ -57,6 +58,20 @@ class Model(Section):
         if bool(self.weights) != bool(self.factory):
             raise ValueError("expected factory and weights together: a function that builds and a file that fills")
         return self
+
+
+class Text(Section):
+    """How a table of a language case becomes tokens (`expunge.cases.text.load_text`)."""
+
+    question: str = "question"
+    answer: str = "answer"
+    text: str = Field(default="text", description="the column of plain text, where there are no questions")
+    template: str | None = Field(
+        default=None, description="the prompt with {question}, or chat; default: the tokenizer's"
+    )
+    window: int = Field(default=512, ge=2, description="tokens of a row of plain text")
+    max_length: int | None = Field(default=None, ge=2, description="longest row in tokens")
+    refusals: str | None = Field(default=None, description="a text file with one refusal per line")
 
 
 class Table(Section):
@@ -70,6 +85,7 @@ class Table(Section):
         default={}, description="the task's column: the file's column, e.g. {inputs: pixels}"
     )
     transform: str | None = Field(default=None, description="module:function of a Data that returns a Data")
+    text: Text = Text()
 
     @model_validator(mode="after")
     def _one_source(self) -> Table:

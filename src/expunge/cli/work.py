@@ -113,7 +113,7 @@ def audit(
                 f"expected the model and the data of the run in {run}, found that they have changed since; "
                 "bring them back, or run again"
             )
-        model = load_weights(copy.deepcopy(case.model), run / "model" / "model.safetensors")
+        model = load_saved(run / "model", copy.deepcopy(case.model))
         configured = find(method.name).configure(**method.settings)
         outcome = Outcome(model, record, configured, case, proof=left.get("proof"))
     given = {"checks": checks, "gold": gold, "attacks": attacks}
