@@ -49,7 +49,7 @@ class Data(ABC):
         """Row numbers of a small batch that shows whether data and model fit (extremes where the data knows them)."""
         return torch.arange(min(8, len(self)))
 
-    def save_beside(self, folder: Path) -> None:
+    def save_beside(self, folder: Path) -> None:  # noqa: B027 (most data have nothing to write)
         """Write into a saved model's folder what the model needs to read such data (a tokenizer). Default: nothing."""
 
     def row_digests(self, ids: Tensor | Sequence[int]) -> list[str]:
