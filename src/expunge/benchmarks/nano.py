@@ -22,7 +22,7 @@ import torch
 from expunge.audits.golds import Gold, original, retrain
 from expunge.cases import Case, requests
 from expunge.cases.text import TextData
-from expunge.cases.tofu import candidates, refusals, tofu, tofu_table
+from expunge.cases.tofu import PER_AUTHOR, candidates, refusals, tofu, tofu_table
 from expunge.errors import need_extra
 from expunge.parts.plan import Optimizer, Training
 
@@ -99,8 +99,8 @@ def nano_rows(authors: tuple[int, ...]) -> list[dict[str, Any]]:
     return [row for a in authors for row in rows[20 * a : 20 * a + 20]]
 
 
-def nano_case() -> Case:
-    """The case with an untrained model: what original and retrained are trained from."""
+def nano_case(authors: tuple[int, ...] = FORGET_AUTHORS) -> Case:
+    """The case with an untrained model: what original and retrained are trained from. authors: the last ones, to forget."""
     tokenizer = nano_tokenizer()
     table = partial(tofu_table, tokenizer, template=TEMPLATE, max_length=CONTEXT)
     forget, retain = nano_rows(FORGET_AUTHORS), tofu("full")[:RETAIN_ROWS]
@@ -111,10 +111,10 @@ def nano_case() -> Case:
     model = llama()
     torch.random.set_rng_state(torch_state)
     return Case(
-        model, joined(*parts), requests.where("author", ">=", FORGET_AUTHORS[0]), task="language",
+        model, joined(*parts), requests.where("author", ">=", authors[0]), task="language",
         holdout=table(nano_rows(HOLDOUT_AUTHORS), first_author=HOLDOUT_AUTHORS[0]), recipe=RECIPE, name="nano-tofu",
         probes={
-            "forget_perturbed": probe(tofu("forget10_perturbed")[-len(forget) :]),
+            "forget_perturbed": probe(tofu("forget10_perturbed")[-PER_AUTHOR * len(authors) :]),
             "retain_perturbed": probe(tofu("retain_perturbed")[:100]),
         },
     )  # fmt: skip
@@ -134,8 +134,8 @@ def joined(*tables: TextData) -> TextData:
 
 
 @cache
-def nano_tofu(seed: int = 0, cache: Path | None = None) -> Nano:
+def nano_tofu(seed: int = 0, cache: Path | None = None, authors: tuple[int, ...] = FORGET_AUTHORS) -> Nano:
     """The testbed of one seed; models are kept by content under `cache` (default: `cache_home()`)."""
     where = Path(cache or cache_home()) / "nano"
-    case = nano_case()
+    case = nano_case(authors)
     return Nano(case.with_(model=original(case, seed, where).model), seed, where)

@@ -184,6 +184,36 @@ def protect(case: CaseArgument, overrides: Overrides = None, out: Out = None) ->
     work.protect(case, overrides or [], out)
 
 
+@app.command()
+def bench(
+    which: Annotated[str, typer.Argument(metavar="BENCHMARK", help="tofu or muse")],
+    methods: Annotated[str, typer.Option(help="names with commas between; settings as 'npo:beta=0.05:lr=1e-5'")] = "",
+    split: Annotated[
+        str, typer.Option(help="what to forget: forget01, forget05, forget10; nano (embedded model)")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="how many (3), or which (0,1,7)")] = "1",
+    model: Annotated[str | None, typer.Option(help="folder or hub id; default: the embedded small Llama")] = None,
+    retrained: Annotated[str | None, typer.Option(help="folder of the model trained without the forget data")] = None,
+    second: Annotated[str | None, typer.Option(help="folder of another seed of it, the noise floor")] = None,
+    forget: Annotated[Path | None, typer.Option(help="muse: folder of texts to forget")] = None,
+    retain: Annotated[Path | None, typer.Option(help="muse: folder of texts to keep")] = None,
+    attacks: Annotated[bool, typer.Option("--attacks/--no-attacks", help="the whole battery, and a verdict")] = True,
+    samples: Annotated[int, typer.Option(min=0, help="sample answers to kept questions, side by side")] = 0,
+    show_forgotten: Annotated[
+        bool, typer.Option("--show-forgotten", help="samples of forgotten questions too")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="processes at once")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", help="folder; default: runs/<benchmark>")] = None,
+) -> None:
+    """A published benchmark: methods x seeds beside original and retrained, with attacks, verdicts and a report."""
+    from expunge.cli import bench as benches
+
+    benches.bench(
+        which, methods, split=split, seeds=seeds, model=model, retrained=retrained, second=second, forget=forget, retain=retain,
+        attacks=attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
+    )  # fmt: skip
+
+
 def main() -> None:
     app(prog_name="expunge")
 

@@ -12,7 +12,6 @@ from typing import Any
 from rich.markup import escape
 
 from expunge.cases import Case
-from expunge.cases.loading import load_weights
 from expunge.cli import show
 from expunge.cli.build import build_case
 from expunge.cli.config import CaseFile, Named, parse_value, read_case, save_case
@@ -22,6 +21,7 @@ from expunge.errors import BadData, BadSetting, UnmetNeed
 from expunge.methods import find
 from expunge.methods.outcome import Outcome, unlearn
 from expunge.methods.stored import save_protected
+from expunge.parts.guarded import load_saved
 
 
 def run(
@@ -127,13 +127,13 @@ def compare(file: Path, overrides: list[str], methods: str, seeds: str, workers:
     from expunge.records.terminal import comparison_table
 
     case_file = read_case(file, overrides)
-    chosen = _specs(methods) if methods else [(_method(case_file).name, _method(case_file).settings)]
+    chosen = method_specs(methods) if methods else [(_method(case_file).name, _method(case_file).settings)]
     folder = out or (case_file.run_folder.parent / f"{case_file.name}-compare")
     with show.Report() as report:
         case = build_case(case_file)
         _check_request(case_file)
         comparison = comparing(
-            case, chosen, _seeds(seeds), workers=workers, folder=folder, report=report, floor=case_file.floor,
+            case, chosen, seed_numbers(seeds), workers=workers, folder=folder, report=report, floor=case_file.floor,
             cache=_golds(folder), **case_file.audit.chosen(),
         )  # fmt: skip
     show.out().print(comparison_table(comparison))
@@ -293,7 +293,7 @@ def _tell(outcome: Outcome, folder: Path) -> None:
     )
 
 
-def _specs(text: str) -> list[tuple[str, dict[str, Any]]]:
+def method_specs(text: str) -> list[tuple[str, dict[str, Any]]]:
     """`salun:density=0.3,ssd` as [("salun", {"density": 0.3}), ("ssd", {})]."""
     found = []
     for word in filter(None, (part.strip() for part in text.split(","))):
@@ -305,7 +305,7 @@ def _specs(text: str) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _seeds(text: str) -> list[int]:
+def seed_numbers(text: str) -> list[int]:
     """`3` as [0, 1, 2]; `0,4,7` as it stands."""
     try:
         numbers = [int(part) for part in text.split(",")]

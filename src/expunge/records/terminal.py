@@ -16,8 +16,14 @@ SHOWN = (
     ("ua", "forget", "UA %"), ("ra", "retain", "RA %"), ("ta", "test", "TA %"), ("mia_efficacy", "forget", "MIA-eff."),
     ("average_gap", "", "avg gap"), ("js_divergence", "forget", "JS"), ("error", "test", "error kept"),
     ("error", "forget", "error forgotten"), ("wasserstein", "forget", "W1"), ("membership", "forget", "AUC"),
+    ("probability_forget", "forget", "P forget"), ("probability_retain", "retain", "P retain"),
+    ("exact_memorisation_forget", "forget", "EM forget"), ("exact_memorisation_retain", "retain", "EM retain"),
+    ("rouge_l_recall_forget", "forget", "ROUGE forget"), ("truth_ratio_forget", "forget", "truth ratio"),
+    ("forget_quality", "forget", "FQ log10 p"), ("model_utility", "retain", "utility"), ("verbmem", "forget", "VerbMem"),
+    ("knowmem_forget", "forget", "KnowMem f"), ("knowmem_retain", "retain", "KnowMem r"), ("privleak", "", "PrivLeak"),
+    ("relearning: forget_score", "forget", "relearned"),
 )  # fmt: skip
-"""Columns of a comparison, as far as its results have them: name, split, heading."""
+"""Columns of a comparison, as far as its results have them: name (or check: name), split, heading."""
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "odd": "magenta", "calm": "cyan"}
 
@@ -51,7 +57,7 @@ def comparison_table(comparison: Comparison) -> Table:
     keys = comparison.keys()
     columns = []
     for name, split, heading in SHOWN:
-        key = next((k for k in keys if k[1] == name and (not split or k[2] == split)), None)
+        key = next((k for k in keys if name in (k[1], f"{k[0]}: {k[1]}") and (not split or k[2] == split)), None)
         if key is not None:
             columns.append((key, heading))
     seeds = max(len(r.runs) for r in rows)

@@ -10,8 +10,8 @@ from typing import Any
 from expunge.records.results import Interval, Measurement, Results, VerdictRecord
 from expunge.records.svg import show
 
-_FORGET = ("forget_score", "forget_score_forget", "ua", "forget_quality", "forget_accuracy", "accuracy")
-_UTILITY = ("ta", "utility_test", "utility", "utility_retain", "model_utility", "accuracy", "r2")
+_FORGET = ("forget_score", "forget_score_forget", "ua", "probability_forget", "forget_accuracy", "accuracy")
+_UTILITY = ("ta", "utility_test", "utility", "utility_retain", "probability_retain", "model_utility", "accuracy", "r2")
 
 
 @dataclass(frozen=True)
