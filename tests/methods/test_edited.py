@@ -13,10 +13,11 @@ from torch import nn
 
 from expunge import Case, Optimizer, TensorData, Training, requests, unlearn
 from expunge.engine import Workbench, fit
+from expunge.engine.layout import channels_last
 from expunge.errors import BadSetting, EmptyScope, ExpungeWarning, UnmetNeed
 from expunge.methods.edited.fisher import noise_variance, own_label_fisher
 from expunge.methods.edited.influence import retain_gradients, woodbury, woodfisher
-from expunge.methods.edited.ssd import dampen, selected
+from expunge.methods.edited.ssd import dampen, importance, selected
 from toys import digits, mlp
 
 
@@ -99,6 +100,21 @@ def test_ssd_equals_the_slow_loop(label_free: bool):
     assert outcome.record["notes"]["selected_fraction"] == pytest.approx(
         count / sum(p.numel() for p in model.parameters())
     )
+
+
+def test_convolutions_are_measured_channels_last_and_left_as_they_were():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten())
+    model = nn.Sequential(*model, nn.Linear(5 * 4 * 4, 3)).eval().double()
+    x, y = torch.randn(50, 2, 8, 8).double(), torch.randint(0, 3, (50,))
+    case = Case(model, TensorData(inputs=x, labels=y), requests.samples(range(20)))
+    layouts = [p.stride() for p in model.parameters()]
+    found = importance(Workbench(case, model), "forget", batch_size=8)
+    for (name, mine), slow in zip(found.items(), slow_importance(model, x[:20], y[:20], 8), strict=True):
+        assert torch.allclose(mine, slow, rtol=1e-12, atol=0) and mine.is_contiguous(), name
+    assert [p.stride() for p in model.parameters()] == layouts
+    with channels_last(model):
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last) and not model[0].weight.is_contiguous()
 
 
 def test_dampen_by_hand():

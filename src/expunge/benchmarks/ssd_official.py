@@ -39,6 +39,7 @@ from expunge.benchmarks.testbed import ResNet8, digits, mlp
 from expunge.cases import Case, TensorData, requests
 from expunge.engine import Workbench, fit
 from expunge.errors import UnmetNeed
+from expunge.methods.edited import ssd
 from expunge.parts.plan import Optimizer, Training
 
 NAME = "ssd_official"
@@ -168,9 +169,10 @@ def measure(peer: Any, kind: str, rows: int, epochs: int, rounds: int, alpha: fl
     }, rounds, clock=clock_of("cpu"))  # fmt: skip
     model, masks = theirs.request()
     bench = ours({})
-    of_all, of_forget = bench.state["importance"], Workbench(case, copy.deepcopy(case.model)).importance(
-        Workbench(case, case.model).splits["forget"], BATCH
-    )  # fmt: skip
+    of_all, of_forget = (
+        bench.state["importance"],
+        ssd.importance(Workbench(case, case.model), "forget", batch_size=BATCH),
+    )
     same = sum(int((masks[n] == (of_forget[n] > alpha * of_all[n])).sum()) for n in masks)
     total = sum(m.numel() for m in masks.values())
     reached = dict(model.named_parameters())

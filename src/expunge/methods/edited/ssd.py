@@ -30,6 +30,7 @@ from torch import Tensor
 
 from expunge.cases.data import Split
 from expunge.engine.execute import weights_digest
+from expunge.engine.layout import channels_last
 from expunge.errors import EmptyScope, ExpungeWarning, UnmetNeed
 from expunge.methods.registry import method, setting
 from expunge.parts.plan import Edit
@@ -81,6 +82,13 @@ def all_rows(bench: Workbench, by_class: bool) -> Split:
     return Split("train", bench.case.data, torch.cat([retain, forget]))
 
 
+def importance(bench: Workbench, on: str | Split, **measured: Any) -> Importance:
+    """`Workbench.importance` in the layout that is fastest."""
+    with channels_last(bench.model):
+        found = bench.importance(on, **measured)
+    return {name: value.contiguous() for name, value in found.items()}
+
+
 def importance_of_all(bench: Workbench, about: dict[str, Any], stored: str, measured: dict[str, Any]) -> Importance:
     """I_D, from `bench.state` where that serves, else measured; and kept there with what it is about."""
     about = {**about, "weights": weights_digest(bench.model)}
@@ -97,7 +105,7 @@ def importance_of_all(bench: Workbench, about: dict[str, Any], stored: str, meas
     if reused:
         return {n: t.to(bench.device) for n, t in kept.items()}
     rows = all_rows(bench, by_class="energy" not in measured) if about["order"] == "grouped" else "train"
-    found = bench.importance(rows, **measured)
+    found = importance(bench, rows, **measured)
     bench.state["importance"], bench.state["importance_about"] = found, about
     return found
 
@@ -120,7 +128,7 @@ def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str,
                 ExpungeWarning,
             )
         I_D = importance_of_all(bench, about, stored, measured)
-        I_F = bench.importance("forget", **measured)
+        I_F = importance(bench, "forget", **measured)
         count, total = 0, 0
         for name, theta in bench.model.named_parameters():
             if name in I_F:
