@@ -14,14 +14,15 @@ PARTS = {
 
 
 def block_stack(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the model's blocks: the outermost list of at least two modules of one class that holds the most
-    weights; None where there is none."""
+    """Name and list of the model's blocks: the outermost list of modules of one class that holds the most weights, experts
+    apart; None where there is none."""
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= 2 and len({type(m) for m in module}) == 1:
+        alike = isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
+        if alike and not name.endswith("experts"):
             size = sum(p.numel() for p in module.parameters())
             if best is None or size > best[0]:
-                best = size, name, module
+                best = size, name, module  # type: ignore[assignment]
     return None if best is None else (best[1], best[2])
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from expunge.cases.weights import load_weights
 from expunge.errors import BadModel
 from expunge.files import digest_weights, write_atomic
 from expunge.parts.blocks import block_stack
@@ -47,7 +48,8 @@ class Guarded(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in FORWARDED:
-            return getattr(super().__getattr__("base"), name)
+            base = super().__getattr__("base")
+            return getattr(base, name, None) if name == "config" else getattr(base, name)
         return super().__getattr__(name)
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -79,6 +81,11 @@ class Guarded(nn.Module):
 def is_guard(folder: Path) -> bool:
     """Whether a guard was saved in this folder."""
     return (folder / "guard.json").exists()
+
+
+def load_saved(folder: Path, base: nn.Module) -> nn.Module:
+    """The model that a run saved in a folder: a guard around `base`, or `base` itself with the saved weights."""
+    return load_guard(folder, base) if is_guard(folder) else load_weights(base, folder / "model.safetensors")
 
 
 def load_guard(folder: str | Path, base: nn.Module) -> Guarded:
