@@ -17,6 +17,7 @@ from expunge.cli.build import build_case
 from expunge.cli.config import CaseFile, Named, parse_value, read_case, save_case
 from expunge.cli.estimate import estimate, retraining
 from expunge.engine import weights_digest
+from expunge.engine.distribution import disband, follows
 from expunge.errors import BadData, BadSetting, UnmetNeed
 from expunge.methods import find
 from expunge.methods.outcome import Outcome, unlearn
@@ -48,6 +49,9 @@ def run(
             case, method.name, seed=case_file.seeds.unlearning, run=folder, device=device, floor=case_file.floor,
             report=report, **method.settings,
         )  # fmt: skip
+    disband()
+    if follows():
+        return
     save_case(case_file, folder)
     _tell(outcome, folder)
     if audited:

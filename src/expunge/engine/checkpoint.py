@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from expunge.engine.distribution import complete, fitted
 from expunge.errors import BadCheckpoint
 from expunge.files import digest_weights, write_atomic
 
@@ -37,13 +38,19 @@ class Resumed:
 
     def restore(self, phase: Phase) -> None:
         """Put weights, optimizer state and averages back into a prepared phase."""
-        phase.trained.load_state_dict(self.part("trained/"))
+        phase.distribution.load(phase.trained, self.part("trained/"))
         for i, optimizer in enumerate(phase.optimizers):
             optimizer.load(self.part(f"optimizer{i}/"), self.optimizer_steps[i])
-        phase.resumed_mean = [v for _, v in sorted(self.part("mean/").items())]
-        best = self.part("best/")
-        phase.resumed_best = best or None
-        phase.kept = [self.part(f"kept{i}/") for i in range(len(self.position.kept_values))]
+        now = phase.trained.state_dict()
+
+        def cut(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k: fitted(v, now[k]).cpu() if k in now else v for k, v in state.items()}
+
+        means = [v for _, v in sorted(self.part("mean/").items())]
+        parameters = phase.optimizers[0].parameters if phase.optimizers else []
+        phase.resumed_mean = [fitted(v, p) for v, p in zip(means, parameters, strict=False)]
+        phase.resumed_best = cut(self.part("best/")) or None
+        phase.kept = [cut(self.part(f"kept{i}/")) for i in range(len(self.position.kept_values))]
         for name in {k.split("/")[1] for k in self.tensors if k.startswith("network/")}:
             if name in phase.networks and name != phase.trained_name:
                 phase.networks[name].load_state_dict(self.part(f"network/{name}/"))
@@ -72,7 +79,7 @@ class Checkpointer:
 
     def maybe_save(self, phase: Phase) -> None:
         due = phase.position.step % self.steps == 0 if self.steps else time.monotonic() - self.last >= self.seconds
-        if due:
+        if phase.distribution.agreed(due):
             self.save(phase)
 
     def save(self, phase: Phase) -> None:
@@ -86,8 +93,12 @@ class Checkpointer:
         for name, network in phase.bench.networks.items():
             if name != phase.trained_name:
                 tensors |= {f"network/{name}/{k}": v for k, v in network.state_dict().items()}
-        # clone: tied weights share memory, which the format refuses
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        self.last = time.monotonic()
+        # shards are put together by all processes; the first one writes. clone: tied weights share memory, which the
+        # format refuses
+        tensors = {k: complete(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+        if not phase.distribution.is_main:
+            return
         position = asdict(phase.position)
         meta = {
             "format": FORMAT,
@@ -98,7 +109,6 @@ class Checkpointer:
             "digest": digest_weights(tensors),
         }
         write_atomic(self.path, save(tensors, metadata=meta))
-        self.last = time.monotonic()
 
     def load(self) -> Resumed | None:
         """What was saved, or None when nothing was; `BadCheckpoint` when it is damaged or of another run."""

@@ -170,7 +170,9 @@ class Distribution:
 
 def complete(tensor: Tensor) -> Tensor:
     """A tensor in whole; of a shard's, by all processes together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined] # a snapshot is on the CPU
 
 
 def fitted(value: Tensor, like: Tensor) -> Tensor:
@@ -184,7 +186,22 @@ def fitted(value: Tensor, like: Tensor) -> Tensor:
 
 def follows() -> bool:
     """Whether this process is one of several and not the first: it computes, and leaves files and words to the first."""
-    return int(os.environ.get("RANK", "0")) > 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def disband() -> None:
+    """After the run of several processes: the first goes on alone (audits, reports), the others have nothing left to do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    from accelerate.state import AcceleratorState, GradientState
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ["WORLD_SIZE"] = "1"
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 def _asks_for_shards(accelerator: Any) -> bool:

@@ -160,8 +160,9 @@ def _run_plan(
     steps: int | None, distribution: Distribution, curves: Curves | None,
 ) -> Trace:  # fmt: skip
     checkpointer, log = None, None
-    if run is not None and distribution.is_main:
+    if run is not None:
         checkpointer = Checkpointer(run.path, identity, seconds, steps)
+    if run is not None and checkpointer is not None and distribution.is_main:
         resumed = checkpointer.load()
         run.start_metrics(resumed.history if resumed is not None else [])
         log = run.log

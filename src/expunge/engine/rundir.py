@@ -22,6 +22,7 @@ from torch import nn
 
 from expunge.cases.weights import load_weights as load_weights
 from expunge.cases.weights import save_model
+from expunge.engine.distribution import follows
 from expunge.errors import DiskFull, RunBusy
 from expunge.files import write_atomic
 
@@ -61,15 +62,21 @@ def machine() -> dict[str, Any]:
 
 
 class RunDirectory:
-    """`with RunDirectory(path) as run:` holds the lock while inside."""
+    """`with RunDirectory(path) as run:` holds the lock while inside.
+
+    Of several processes of one run, the first holds the lock and writes; the others only read.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._lock: Any = None
         self._metrics: Any = None
+        self.reads_only = follows()
 
     def __enter__(self) -> RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.reads_only:
+            return self
         self._lock = open(self.path / ".lock", "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,14 +107,16 @@ class RunDirectory:
 
     # -- files -----------------------------------------------------------------------------------------------------
     def write_json(self, name: str, value: Any) -> None:
-        write_atomic(self.path / name, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        if not self.reads_only:
+            write_atomic(self.path / name, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> Any:
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        if not self.reads_only:
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def write_environment(self) -> None:
         self.write_json("env.json", {"versions": versions(), "machine": machine(), "argv": Path(sys.argv[0]).name})

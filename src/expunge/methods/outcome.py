@@ -161,6 +161,8 @@ def unlearn(
         directory.write_environment()
         directory.write_json("request.json", case.describe()["request"])
         outcome = go(directory, identity)
+        if directory.reads_only:  # one of several processes, and not the one that writes
+            return outcome
         if is_protected(outcome.model):
             save_protected(outcome.model, directory.model_path)  # it can serve the next request
         else:

@@ -1,0 +1,81 @@
+"""Two processes (gloo, CPU) make the losses and the weights of one, with whole copies and with FSDP2's shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from expunge.engine.distribution import Distribution, fitted
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "1",
+    "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+def run(out: Path, processes: int, *modes: str) -> dict:
+    out.mkdir()
+    launch = [sys.executable]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+    done = subprocess.run(
+        [*launch, str(WORKER), str(out), *modes], env=ENVIRONMENT, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    one = run(folder / "one", 1, "copies")
+    two = run(folder / "two", 2, "copies", "shards")
+    return folder, one["copies"], two
+
+
+@pytest.mark.parametrize("mode", ["copies", "shards"])
+def test_two_processes_give_the_losses_of_one(runs, mode):
+    folder, one, two = runs
+    assert "npo" in two[mode]
+    for name in one.keys() & two[mode].keys():
+        found = two[mode][name]
+        assert found["sharded"] == (mode == "shards"), name
+        assert found["ended"] == one[name]["ended"], name
+        assert len(found["history"]) == len(one[name]["history"])
+        for mine, theirs in zip(found["history"], one[name]["history"], strict=True):
+            for term, loss in theirs["losses"].items():
+                assert abs(mine["losses"][term] - loss) < 1e-5, (name, term)
+        a, b = (
+            load_file(f)
+            for f in (folder / "one" / f"copies-{name}.safetensors", folder / "two" / f"{mode}-{name}.safetensors")
+        )
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.allclose(a[key], b[key], atol=1e-5), (name, key)
+
+
+def test_a_sharded_run_goes_on_from_its_checkpoint(runs):
+    """Stopped at an update in the middle and started again: the tensors of the run that was not."""
+    folder, _, two = runs
+    a, b = (load_file(folder / "two" / f"shards-{name}.safetensors") for name in ("npo", "resumed"))
+    assert two["shards"]["resumed"]["history"] == two["shards"]["npo"]["history"]
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_one_process_needs_none_of_it():
+    alone, model = Distribution(), torch.nn.Linear(2, 3)
+    assert alone.shard(model) is model and alone.gather(model) is model and alone.now(model.weight) is model.weight
+    assert not alone.sharded and alone.agreed(True) and not alone.agreed(False)
+    assert torch.equal(fitted(torch.ones(3, 2), model.weight), torch.ones(3, 2))
