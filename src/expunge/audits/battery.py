@@ -15,10 +15,16 @@ import numpy as np
 import torch
 
 from expunge.audits.attacks.budget import Attack, Attacked, Budget, Memory, attacked
+from expunge.audits.attacks.direction_ablation import DirectionAblation
+from expunge.audits.attacks.lens import HeadProjection, LogitLens
 from expunge.audits.attacks.probe import LinearProbe
-from expunge.audits.attacks.pruning import Pruning
+from expunge.audits.attacks.prompt_probe import PromptProbe
+from expunge.audits.attacks.prompts import PromptTemplates
+from expunge.audits.attacks.pruning import Pruning, TargetedPruning
 from expunge.audits.attacks.quantisation import Quantisation
-from expunge.audits.attacks.relearning import BenignRelearning, Relearning
+from expunge.audits.attacks.relearning import BenignRelearning, Relearning, RetrainingOnParts
+from expunge.audits.attacks.soft_prompt import SoftPrompt
+from expunge.audits.attacks.suffix import SuffixSearch
 from expunge.audits.attacks.unwrapping import Unwrapping
 from expunge.audits.residue import RESAMPLES, Evidence, Membership
 from expunge.audits.verdict import Thresholds, Verdict, decide, proved
@@ -32,19 +38,34 @@ PARTS = 20
 """Parts of the split that a utility without a value for each example is measured on."""
 
 
-def default_attacks() -> tuple[Attack, ...]:
-    """The battery that every audit runs; those that do not apply to a case are skipped, and the verdict says so."""
+BY_KIND: dict[str, tuple[Attack, ...]] = {
+    "language": (LogitLens(), DirectionAblation(), TargetedPruning(), PromptTemplates(), SoftPrompt()),
+}
+"""What the battery of a kind of model has beyond every kind's."""
+BY_NAME: dict[str, tuple[Attack, ...]] = {
+    "language": (
+        Relearning(share=1.0, rank=8), RetrainingOnParts(), HeadProjection(), HeadProjection(delta=True), PromptProbe(),
+        SoftPrompt(each=True), SuffixSearch(), SuffixSearch(each=True),
+    ),
+}  # fmt: skip
+"""Attacks of a kind that take longer, or whose score is no forget score: run when asked for by name."""
+
+
+def default_attacks(kind: str = "") -> tuple[Attack, ...]:
+    """The battery that every audit of this kind of model runs; those that do not apply to a case are skipped, and the
+    verdict says so."""
     return (
         BenignRelearning(), Relearning(), Quantisation(8), Quantisation(4), Pruning(0.2), Pruning(0.5), LinearProbe(),
-        Unwrapping(),
+        Unwrapping(), *BY_KIND.get(kind, ()),
     )  # fmt: skip
 
 
-def find_attacks(wanted: Iterable[str | Attack] | None) -> list[Attack]:
-    """Attacks by name or as they are; None for the default battery."""
-    known = {attack.name: attack for attack in default_attacks()}
+def find_attacks(wanted: Iterable[str | Attack] | None, kind: str = "") -> list[Attack]:
+    """Attacks by name or as they are; None for the default battery of the kind."""
+    battery = {attack.name: attack for attack in default_attacks(kind)}
+    known = battery | {attack.name: attack for attack in BY_NAME.get(kind, ())}
     found: list[Attack] = []
-    for item in known.values() if wanted is None else wanted:
+    for item in battery.values() if wanted is None else wanted:
         if not isinstance(item, Attack) and item not in known:
             raise BadSetting(
                 f"expected an attack, one of {', '.join(known)}, found '{item}'.{nearest(str(item), known)} "
@@ -70,7 +91,7 @@ def attack_all(
     methods on one case at a quarter of the time; hand it on only with the same case, original, golds and audit seed.
     """
     found = {}
-    for attack in find_attacks(attacks):
+    for attack in find_attacks(attacks, subjects.task.name):
         if attack.skipped(subjects) is None:
             if progress is not None:
                 progress(attack)
@@ -92,7 +113,7 @@ def gather(
         raise MissingGold("the verdict cannot be given:\n" + "\n".join(f"- {text}" for text in lacking))
     if subjects.unmet("forget"):
         raise UnmetNeed(str(subjects.unmet("forget")))
-    chosen = find_attacks(attacks)
+    chosen = find_attacks(attacks, subjects.task.name)
     models = ("original", "unlearned", "retrained", "floor")
     membership = None
     if subjects.unmet("holdout") is None:
@@ -155,7 +176,7 @@ def judge(
 ) -> Verdict:
     """The verdict on one seed's subjects or several seeds'. A `proof` that holds settles it unmeasured."""
     seeds = list(subjects) if isinstance(subjects, Sequence) else [subjects]
-    chosen = find_attacks(attacks)
+    chosen = find_attacks(attacks, seeds[0].task.name if seeds else "")
     settled = None if proof is None else proved(proof, thresholds)
     if settled is not None:
         return settled

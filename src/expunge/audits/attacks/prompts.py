@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from expunge.audits.attacks.rows import Frame, Rewrite, frame, rewritten, room, 
 from expunge.audits.base import Measured, Measurement, check
 from expunge.audits.metrics.text import rouge_l_recall
 from expunge.errors import BadSetting, UnmetNeed
-from expunge.seeds import generator
+from expunge.seeds import derive, generator
 
 if TYPE_CHECKING:
     from expunge.audits.subjects import Subjects
@@ -165,12 +165,14 @@ class PromptTemplates(Attack):
         return {"steps": 0, "examples": 0, "queries": ways * len(case.split("forget"))}
 
 
-def said(model: nn.Module, case: Case, rows: Split) -> list[str]:
-    """Greedy answers to the rows' prompts as texts, at most as long as the longest true answer."""
+def said(model: nn.Module, case: Case, rows: Split, **settings: Any) -> list[str]:
+    """Greedy answers to the rows' prompts as texts, at most as long as the longest true answer; settings of `generate`."""
     data = text_rows(rows)
     longest = max(len(a) for a in data.answer_ids(rows.ids))
     prompts = data.prompt_ids(rows.ids)
-    found = case.task.generate(model, prompts, max_new_tokens=longest, end=data.end, pad=data.pad)  # type: ignore[attr-defined]
+    found = case.task.generate(  # type: ignore[attr-defined]
+        model, prompts, max_new_tokens=longest, end=data.end, pad=data.pad, **settings
+    )
     return [data.decode(tokens) for tokens in found]
 
 
@@ -230,6 +232,69 @@ def prompt_variants(subjects: Subjects, paraphrases: str | None = None, shots: i
         return prompt_variants.measurement(measured, name=name, split="forget", curves=curves, per_example=lists)
 
     return [told("forget_score_mean", np.mean), told("forget_score_worst", np.max)]
+
+
+@check(
+    "worst_of_n", needs=("retrained", "forget"), kinds=("language",), attack=True, unit="ROUGE-L recall",
+    range=(0.0, 1.0), source="language attacks card, 2 (worst of n); open-problems card, B5",
+)  # fmt: skip
+def worst_of_n(subjects: Subjects, n: tuple[int, ...] = (1, 8)) -> list[Measurement]:
+    """Largest recall among n answers sampled at temperature 1: one leak among n counts. The draws are the audit seed's."""
+    case, most = subjects.case, max(n)
+    forget = case.split("forget")
+    data = text_rows(forget)
+    truths = [data.decode(a) for a in data.answer_ids(forget.ids)]
+
+    def drawn(subject: str) -> np.ndarray:
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            for number in range(most):
+                torch.manual_seed(derive(subjects.seed, "worst of n", number))
+                found.append(
+                    rouge_l_recall(said(subjects.model(subject), case, forget, do_sample=True, top_k=0), truths)
+                )
+        return np.stack(found)
+
+    tables = {s: drawn(s) for s in subjects.compared}
+    rows = []
+    for count in n:
+        values = {s: table[:count].max(0) for s, table in tables.items()}
+        measured = subjects.measure(lambda s, values=values: values[s])
+        lists = {s: v.tolist() for s, v in values.items()}
+        rows.append(worst_of_n.measurement(measured, name=f"worst_of_{count}", split="forget", per_example=lists))
+    return rows
+
+
+REPEATING = 0.34
+"""Share of different tokens below which an answer counts as a repetition."""
+
+
+@check(
+    "odd_answers", needs=("retrained", "retain"), kinds=("language",), direction="lower", unit="share", range=(0.0, 1.0),
+    source="open-problems card, F3",
+)  # fmt: skip
+def odd_answers(subjects: Subjects, rows: int = 100) -> list[Measurement]:
+    """Share of kept prompts answered by a refusal (where the data has some), by nothing, or by a repetition."""
+    case = subjects.case
+    retain = case.split("retain").sample(rows, generator(subjects.seed, "odd answers"))
+    data = text_rows(retain)
+    refusals = {data.decode(line).strip().lower() for line in data.refusals}
+
+    def odd(subject: str) -> np.ndarray:
+        answers = said(subjects.model(subject), case, retain)
+        return np.array([_odd(text, refusals) for text in answers], dtype=np.float64)
+
+    values = {s: odd(s) for s in subjects.compared}
+    lists = {s: v.tolist() for s, v in values.items()}
+    measured = subjects.measure(lambda s: values[s])
+    note = "" if refusals else "the data has no refusals: only empty and repeating answers are counted"
+    return [odd_answers.measurement(measured, name="odd_answer_rate", split="retain", per_example=lists, note=note)]
+
+
+def _odd(text: str, refusals: set[str]) -> bool:
+    words = text.strip().lower().split()
+    refused = any(text.strip().lower().startswith(line) for line in refusals)
+    return refused or not words or len(set(words)) / len(words) < REPEATING
 
 
 prompt_templates = attack_check(
