@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from expunge.cases import Case
 from expunge.cli import show
 from expunge.cli.work import method_specs, seed_numbers
 from expunge.errors import BadSetting, nearest
@@ -36,20 +37,29 @@ def bench(
         if which == "tofu":
             from expunge.benchmarks import tofu
 
-            own = {"model": model, "retrained": retrained, "second": second}
+            own: dict[str, Any] = {"model": model, "retrained": retrained, "second": second}
             where = split or ("forget10" if model else "nano")
             comparison = tofu.run(chosen, where, numbers, report=report, **own, **shared)
+            case = (lambda: tofu.tofu_case(model, where)) if model else lambda: tofu.nano(where)(numbers[0])
         else:
             from expunge.benchmarks import muse
 
-            comparison = muse.run(chosen, numbers, forget=forget, retain=retain, model=model, report=report, **shared)
-        if samples:
-            from expunge.benchmarks import samples as answers
-
-            page = answers.write(
-                folder, which, split, numbers[0], samples, show_forgotten, model=model, retrained=retrained
-            )
+            own = {"forget": forget, "retain": retain, "model": model, "retrained": retrained, "second": second}
+            comparison = muse.run(chosen, numbers, report=report, **own, **shared)
+            case = lambda: muse.the_case(forget, retain, model)(numbers[0])  # noqa: E731
+        page = _samples(folder, case(), numbers[0], samples, show_forgotten) if samples else None
     show.out().print(comparison_table(comparison))
     show.out().print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
-    if samples:
+    if page is not None:
         show.out().print(f"samples: {escape(str(page))}", soft_wrap=True)
+
+
+def _samples(folder: Path, case: Case, seed: int, count: int, show_forgotten: bool) -> Path:
+    """Answers of the original and of every method's model of one seed, side by side."""
+    from expunge.cases.loading import load_model
+    from expunge.records.samples import write_samples
+
+    models = {"original": case.model}
+    for run in sorted(folder.glob(f"*/seed{seed}/model")):
+        models[run.parent.parent.name] = load_model(run)
+    return write_samples(folder / "samples.html", case, models, count, show_forgotten=show_forgotten, seed=seed)

@@ -38,8 +38,8 @@ from expunge.records.views import (
 def render(results_or_comparison: Results | Comparison) -> str:
     """The page as text: for one run, or for a comparison of several."""
     if isinstance(results_or_comparison, Comparison):
-        return _templates().get_template("comparison.html").render(**comparison_view(results_or_comparison))
-    return _templates().get_template("run.html").render(**run_view(results_or_comparison))
+        return templates().get_template("comparison.html").render(**comparison_view(results_or_comparison))
+    return templates().get_template("run.html").render(**run_view(results_or_comparison))
 
 
 def write_report(path: str | os.PathLike[str], results_or_comparison: Results | Comparison) -> Path:
@@ -51,7 +51,7 @@ def render_study(parts: Mapping[str, Comparison], title: str, subtitle: str = ""
     """Several comparisons (requests to one model) on one page."""
     from markupsafe import Markup
 
-    body = _templates().get_template("comparison_body.html")
+    body = templates().get_template("comparison_body.html")
     shown = []
     for number, (name, comparison) in enumerate(parts.items()):
         view = comparison_view(comparison)
@@ -63,7 +63,7 @@ def render_study(parts: Mapping[str, Comparison], title: str, subtitle: str = ""
                 "body": Markup(body.render(**view)),  # already escaped by its own template
             }
         )
-    return _templates().get_template("study.html").render(title=title, subtitle=subtitle, parts=shown)
+    return templates().get_template("study.html").render(title=title, subtitle=subtitle, parts=shown)
 
 
 def write_study(path: str | os.PathLike[str], parts: Mapping[str, Comparison], title: str, subtitle: str = "") -> Path:
@@ -72,7 +72,7 @@ def write_study(path: str | os.PathLike[str], parts: Mapping[str, Comparison], t
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
