@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from expunge.errors import BadSetting
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Distribution:
     """One process on one device unless an accelerator is given."""
 
-    def __init__(self, accelerator: Any = None):
+    def __init__(self, accelerator: Any = None, precision: str | None = None):
         self.accelerator = accelerator
+        self.precision = precision
         self.count = 1 if accelerator is None else int(accelerator.num_processes)
         self.rank = 0 if accelerator is None else int(accelerator.process_index)
         self.sharded = accelerator is not None and _asks_for_shards(accelerator)
@@ -35,24 +38,31 @@ class Distribution:
         self._current: dict[int, nn.Parameter] = {}
 
     @classmethod
-    def make(cls, device: str | None = None, mixed_precision: str | None = None, trackers: list[str] | None = None,
+    def make(cls, device: str | None = None, mixed_precision: str | None = None, trackers: list[Any] | None = None,
              folder: str | None = None) -> Distribution:  # fmt: skip
-        """By accelerate's own rules (environment, launch command). device="cpu" forces the CPU."""
+        """By accelerate's own rules (environment, launch command). device="cpu" forces the CPU. trackers: names that
+        accelerate knows, or `accelerate.tracking.GeneralTracker` objects.
+
+        The precision asked for is entered by torch's autocast and not handed to accelerate, which keeps one for the whole
+        process and refuses a second; without one, accelerate's config file holds."""
         from accelerate import Accelerator
 
-        return cls(
-            Accelerator(
-                cpu=device == "cpu",
-                # accelerate's own setting where the caller has none: "no" would overrule its config file
-                mixed_precision=mixed_precision,
-                log_with=trackers or None,
-                project_dir=folder,
+        if mixed_precision not in (None, "no", *PRECISIONS):
+            raise BadSetting(
+                f"expected mixed_precision, one of no, {', '.join(PRECISIONS)}, found {mixed_precision!r}; use one of them"
             )
-        )
+        accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=folder)
+        if device is not None and torch.device(device).type != accelerator.device.type:
+            raise BadSetting(
+                f"expected the device {device}, found {accelerator.device.type} alone; leave the device out to run there"
+            )
+        return cls(accelerator, mixed_precision)
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu") if self.accelerator is None else self.accelerator.device
+        if self.accelerator is None or self.accelerator.device.type == "cpu":
+            return torch.device("cpu")  # accelerate says "cpu:0", which torch takes for another device
+        return self.accelerator.device
 
     @property
     def is_main(self) -> bool:
@@ -60,7 +70,9 @@ class Distribution:
 
     def autocast(self) -> Any:
         """Mixed precision, where it was asked for."""
-        if self.accelerator is None or self.accelerator.mixed_precision == "no":
+        if self.precision in PRECISIONS:
+            return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
+        if self.precision == "no" or self.accelerator is None or self.accelerator.mixed_precision == "no":
             return contextlib.nullcontext()
         return self.accelerator.autocast()
 
@@ -205,6 +217,12 @@ def disband() -> None:
 
 
 def _asks_for_shards(accelerator: Any) -> bool:
+    stage = getattr(getattr(accelerator.state, "deepspeed_plugin", None), "zero_stage", 0)
+    if stage:
+        raise BadSetting(
+            f"expected DeepSpeed without ZeRO (zero_stage: 0), found stage {stage}: the loop takes several gradients per update, "
+            "which ZeRO's engine does not give; to cut weights over processes use configs/accelerate/fsdp2.yaml"
+        )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     # accelerate looks at these only on accelerators; on CPUs they are ours to read
     asked = plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
