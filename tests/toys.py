@@ -1,7 +1,7 @@
 """A toy of every kind of model, trained in seconds and shared by all tests (cached per process).
 
 `toy("class")`: digits, one class to forget; `toy("mislabelled")`: digits, 60 memorised mislabelled rows to forget;
-`toy("regression")`: diabetes, a range of targets to forget; `toy("language")`: a tiny Llama on made-up facts, some people to
+`toy("experts")`: as `class`, by a mixture of experts; `toy("regression")`: diabetes, a range of targets to forget; `toy("language")`: a tiny Llama on made-up facts, some people to
 forget. Each has `.case`, `.original` (= case.model), `.retrained`.
 """
 
@@ -76,6 +76,24 @@ def mlp(inputs: int = 64, hidden: tuple[int, ...] = (128, 64), outputs: int = 10
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 
+class MixtureOfExperts(nn.Module):
+    """h + the top-k experts of h, weighted by the router's probabilities."""
+
+    def __init__(self, width: int = 32, experts: int = 8, top_k: int = 2):
+        super().__init__()
+        self.top_k, self.gate = top_k, nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(mlp(width, (width,), width) for _ in range(experts))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        best = self.gate(h).softmax(-1).topk(self.top_k, dim=-1)
+        gates = torch.zeros(*h.shape[:-1], len(self.experts)).scatter(-1, best.indices, best.values)
+        return h + sum(gates[..., i, None] * expert(h) for i, expert in enumerate(self.experts))
+
+
+def mixture_mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), MixtureOfExperts(), nn.Linear(32, 10))
+
+
 def digits(train: int = 600) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """X_train (train, 64) in 0..1, y_train, X_test, y_test: scikit-learn's real digits in one fixed shuffled order."""
     x, y = load_digits(return_X_y=True)
@@ -93,8 +111,9 @@ def toy(kind: str = "class", seed: int = 0) -> Toy:
     x, y, x_test, y_test = digits()
     recipe = Training(epochs=40, batch_size=64, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9, schedule="cosine"))
     build = mlp
-    if kind == "class":
+    if kind in ("class", "experts"):
         request, labels, clean = requests.label(3), y, None
+        build = mixture_mlp if kind == "experts" else mlp
     elif kind == "mislabelled":
         bad = torch.randperm(len(x), generator=generator(seed, "mislabelled"))[:60].sort().values
         labels = y.clone()
@@ -143,12 +162,12 @@ ASPECTS = {
 """question -> answer with two words to fill, and the words."""
 
 
-def facts(people: range) -> tuple[list[str], list[str], list[int]]:
+def facts(people: range, draw: str = "fact") -> tuple[list[str], list[str], list[int]]:
     """Questions, answers and person of made-up people, three facts each; the words are drawn per person and aspect."""
     questions, answers, person = [], [], []
     for p in people:
         for number, (question, (answer, first, second)) in enumerate(ASPECTS.items()):
-            rng = generator(p, "fact", number)
+            rng = generator(p, draw, number)
             words = [w.split()[int(torch.randint(len(w.split()), (1,), generator=rng))] for w in (first, second)]
             questions.append(question.format(f"p{p}"))
             answers.append(answer.format(f"p{p}", *words))
@@ -194,8 +213,15 @@ def language_table(people: range):
     from expunge.cases.text import question_answer
 
     questions, answers, person = facts(people)
+    others = list(zip(*(facts(people, f"other {k}")[1] for k in range(2)), strict=True))
     return question_answer(
-        words_tokenizer(), questions, answers, template="{question}", refusals=REFUSALS, person=person
+        words_tokenizer(),
+        questions,
+        answers,
+        template="{question}",
+        refusals=REFUSALS,
+        alternates=others,
+        person=person,
     )
 
 

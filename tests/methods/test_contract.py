@@ -22,6 +22,8 @@ from toys import Toy, toy
 SGD = {"lr": 0.02, "batch_size": 32}
 UNSIR = {"noise_rows": 64, "retain_rows": 500, "batch_size": 64, "impair_lr": 0.005, "repair_lr": 0.01}
 PROXY = {"epochs": 5, "batch_size": 32, "proxy_epochs": 10}
+FAST = {"lr": 1e-3, "batch_size": 32}
+WORDS = {"lr": 2e-3, "batch_size": 8}
 LAF = {"lr_unlearn": 1e-3, "lr_align": 1e-3, "tau": 5.0, "hidden": (64, 32), "density_epochs": 30}
 
 ROWS: dict[str, dict[str, dict]] = {
@@ -29,12 +31,40 @@ ROWS: dict[str, dict[str, dict]] = {
     "fine_tune": {"mislabelled": {"lr": 0.05, "batch_size": 32}, "regression": {"lr": 1e-3}},
     "cf_k": {"mislabelled": {"k": 2, "lr": 0.05, "batch_size": 32}},
     "eu_k": {"class": {"k": 2}, "mislabelled": {"k": 2}},
-    "grad_ascent": {"class": {"lr": 0.02, "cap": 2.0, "batch_size": 32}},
+    "grad_ascent": {
+        "class": {"lr": 0.02, "cap": 2.0, "batch_size": 32},
+        "language": {"lr": 5e-4, "epochs": 4, "cap": 3.0, "batch_size": 8, "optimizer": "adamw", "clip": 1.0},
+    },
     "neggrad_plus": {"class": {"lr": 0.01, "cap": 4.0, "batch_size": 32}},
     "random_labels": {"class": SGD, "mislabelled": SGD},
     "salun": {"class": SGD, "mislabelled": SGD},
     "salun_soft": {"class": SGD, "mislabelled": SGD},
-    "npo": {"class": {"lr": 0.03, "beta": 0.5, "clip": 1.0, "epochs": 20, "batch_size": 32}},
+    "npo": {
+        "class": {"lr": 0.03, "beta": 0.5, "clip": 1.0, "epochs": 20, "batch_size": 32},
+        "language": {"lr": 1e-3, "alpha": 5.0, "batch_size": 8, "optimizer": "adamw", "clip": 1.0},
+    },
+    "grad_diff": {"class": FAST | {"cap": 4.0}, "language": WORDS | {"alpha": 5.0}},
+    "kl_min": {"class": FAST | {"epochs": 5}, "language": {"lr": 1e-3, "alpha": 5.0, "batch_size": 8}},
+    "simnpo": {"class": {"lr": 3e-3, "gamma": 1.0, "batch_size": 32}, "language": WORDS | {"gamma": 1.0}},
+    "dpo": {"class": {"lr": 3e-3, "alpha": 5.0, "answers": "other", "batch_size": 32}, "language": WORDS},
+    "altpo": {"language": WORDS | {"alpha": 5.0, "epochs": 5}},
+    "idk": {"class": {"lr": 3e-3, "alpha": 3.0, "answers": "other", "batch_size": 32}, "language": WORDS},
+    "undial": {"class": FAST | {"alpha": 1.0}, "language": WORDS | {"alpha": 1.0}},
+    "ceu": {"class": FAST | {"alpha": 1.0}, "language": {"lr": 5e-4, "alpha": 1.0, "batch_size": 8}},
+    "wga": {"class": {"lr": 3e-3, "batch_size": 32}, "language": WORDS},
+    "satimp": {"class": {"lr": 3e-3, "epochs": 10, "batch_size": 32}, "language": WORDS | {"beta1": 2.0, "epochs": 10}},
+    "pdu": {"class": FAST | {"start": 100.0, "bound": 0.05, "epochs": 20}, "language": WORDS},
+    "flat": {"class": FAST | {"answers": "other", "alpha": 1.0, "epochs": 10}, "language": WORDS | {"alpha": 1.0, "epochs": 10}},
+    "llmu": {"class": {"lr": 3e-3, "normal": 5.0, "answers": "other", "batch_size": 32}, "language": WORDS | {"lr": 1e-3}},
+    "lat": {
+        "class": {"answers": "other", "lr": 1e-3, "batch_size": 32, "steps": 4},
+        "language": {"lr": 2e-3, "batch_size": 8, "steps": 4, "repeats": 2, "epochs": 6},
+    },
+    "smooth_npo": {
+        "class": {"lr": 1e-3, "beta": 0.5, "rho": 0.05, "batch_size": 32},
+        "language": {"lr": 1e-3, "alpha": 5.0, "rho": 0.05, "batch_size": 8},
+    },
+    "rmu": {"class": {"lr": 3e-3, "strength": 10.0, "epochs": 20, "batch_size": 32}, "language": WORDS},
     "bad_teacher": {"class": {"lr": 3e-3, "epochs": 5, "batch_size": 32}},
     "scrub": {"class": {"lr": 0.01, "epochs": 10, "msteps": 3, "retain_batch_size": 32}},
     "boundary_shrink": {"class": {"lr": 3e-4, "batch_size": 32}},
@@ -112,9 +142,10 @@ def test_forgets_towards_retrained_and_keeps_utility(name, kind):
     case, t = subject(name, kind)
     outcome = result(name, kind)
     assert t.gap(outcome.model) < 0.9 * t.gap(case.model), "not nearer to retrained on the forget rows"
-    reference = t.utility(t.retrained, "test")
+    unseen = "test" if "test" in case.splits else "retain"  # nobody can know made-up facts that were not seen
+    reference = t.utility(t.retrained, unseen)
     allowed = KEEPS.get(name, 0.08) * (1 if reference > 0 else -reference * 3)
-    assert t.utility(outcome.model, "test") > reference - allowed, "lost its usefulness"
+    assert t.utility(outcome.model, unseen) > reference - allowed, "lost its usefulness"
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -148,10 +179,11 @@ def test_frozen_weights_stay_frozen(name):
     kind = next(iter(ROWS[name]))
     case, _ = subject(name, kind)
     frozen = copy.deepcopy(case.model)
-    frozen[0].weight.requires_grad_(False)
+    first, weight = next(iter(frozen.named_parameters()))
+    weight.requires_grad_(False)
     outcome = unlearn(case.with_(model=frozen), name, floor=None, **ROWS[name][kind])
-    assert torch.equal(outcome.model[0].weight, case.model[0].weight)
-    assert not outcome.model[0].weight.requires_grad
+    assert torch.equal(outcome.model.get_parameter(first), case.model.get_parameter(first))
+    assert not outcome.model.get_parameter(first).requires_grad
 
 
 class Killed(Exception):
