@@ -236,9 +236,26 @@ def test_bad_settings_say_what_to_do():
     step.layers = ("0",)
     with pytest.raises(BadSetting, match="attack an earlier layer"):
         latent("1").attack(step, lambda s: Early()(s).mean())
-    step.model.is_gradient_checkpointing = True
+    step.model.gradient_checkpointing = True
     with pytest.raises(BadSetting, match="gradient checkpointing"):
         latent("1").attack(step, lambda s: s.loss.mean())
+
+
+def test_adapters_and_patterns_name_the_same_layers():
+    """Under adapters a layer keeps its name; B starts at zero, so that the first perturbation is the one without adapters."""
+    peft = pytest.importorskip("peft")
+    from expunge.parts.latents import matching
+
+    case = small_case()
+    inside = peft.LoraModel(copy.deepcopy(case.model), peft.LoraConfig(r=2, target_modules=["0", "2"]), "default")
+    assert matching(inside, ("1",)) == ("model.1",) and matching(case.model, ("*",)) == ("0", "1", "2")
+    step = a_step(case)
+    own = latent("1", epsilon=0.5, steps=3).attack(step, lambda s: s.loss.mean()).shift.deltas["1"]
+    step.model = inside
+    step._output = None
+    assert torch.equal(
+        own, latent("1", epsilon=0.5, steps=3).attack(step, lambda s: s.loss.mean()).shift.deltas["model.1"]
+    )
 
 
 # -- the card's test: a backdoor that the defender has never seen ------------------------------------------------------------

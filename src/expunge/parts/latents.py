@@ -26,11 +26,14 @@ from torch import Tensor, nn
 
 from expunge.errors import BadSetting, nearest
 from expunge.parts.adversaries import Adversary
+from expunge.parts.step import capturing
+from expunge.tasks.base import Task, evaluating, move_to_model
 
 if TYPE_CHECKING:
+    from expunge.cases.data import Split
     from expunge.parts.plan import Term
     from expunge.parts.step import Step
-    from expunge.tasks.base import Batch, Task
+    from expunge.tasks.base import Batch
 
 WHERE = ("all", "prompt", "answer")
 
@@ -133,7 +136,7 @@ class LatentAttack(Adversary):
     def attack(self, step: Step, harm: Callable[[Step], Tensor]) -> Step:
         if self.epsilon == 0:
             return step
-        if getattr(step.model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in step.model.modules()):
             raise BadSetting(
                 "expected activations that are kept for the backward pass, found gradient checkpointing, which would compute "
                 "them again without the perturbation; turn it off (model.gradient_checkpointing_disable())"
@@ -221,3 +224,20 @@ def latent(
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     terms = goal if isinstance(goal, tuple) else (goal,)
     return LatentAttack(names, epsilon, steps, lr, terms, where, repeats, on)
+
+
+def usual_norm(task: Task, model: nn.Module, split: Split, layer: str, rows: int = 256) -> float:
+    """Median L2 norm of a token (padding left out) at a module's output, over the first rows of a split: a radius in the
+    activation's own unit."""
+    found = []
+    for batch in split.batches(32):
+        batch = move_to_model(batch, model)
+        with evaluating(model), capturing(model, matching(model, (layer,))) as seen:
+            task.forward(model, batch)
+        (activation,) = seen.values()
+        norms, real = token_norms(activation), task.real(batch)
+        found.append((norms if real is None else norms[real]).flatten())
+        rows -= len(batch)
+        if rows <= 0:
+            break
+    return float(torch.cat(found).median()) if found else 0.0

@@ -200,6 +200,7 @@ class Plan:
         text += f" by {self.optimizer} for {self.epochs} epoch{'s' if self.epochs != 1 else ''}"
         text += f" until {self.stop}" if self.stop is not None else ""
         text += f", {self.rewind}" if self.rewind is not None else ""
+        text += f", {self.average}" if self.average is not None else ""
         return text
 
 
