@@ -21,7 +21,7 @@ from tiny_language import language_case
 
 ADAM = Optimizer("adamw", lr=3e-3, weight_decay=0.01, clip=1.0)
 SGD = Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=0.01)
-FORGET, RETAIN = Term(npo(0.2)), Term(likelihood(), "retain")
+FORGET, RETAIN = Term(npo(0.2)), Term(likelihood("tokens"), "retain")
 COMMON = dict(epochs=2, batch_size=5, epoch_of="forget")
 PLANS = {
     "npo": Plan(FORGET, RETAIN, optimizer=ADAM, average=average(start=2), **COMMON),

@@ -119,6 +119,11 @@ class Distribution:
         )
         return float(self.accelerator.reduce(local, reduction="mean"))
 
+    def mean_of(self, values: Tensor, weight: float) -> Tensor:
+        """() the global mean of local values (B,), without gradient."""
+        own = values.mean()
+        return own if self.count == 1 else self.accelerator.reduce(own.detach() * weight, reduction="mean")
+
     def agreed(self, choice: bool) -> bool:
         """The first process's choice, for all (clocks differ)."""
         if self.count == 1:

@@ -387,7 +387,7 @@ class Phase:
             chosen = [i for i in terms if self.plan.terms[i].on in update and i in active]
             if not chosen:
                 continue
-            steps = self._steps(local, updates_per_epoch)
+            steps = self._steps(local, weights, updates_per_epoch)
             factor = self._factors(chosen, weights, share)
             optimizer.zero_grad()
             self._attack(chosen, steps, factor)
@@ -431,7 +431,7 @@ class Phase:
         if self.log is not None:
             self.log(record)
 
-    def _steps(self, rows: Update, updates_per_epoch: int) -> dict[str, Step]:
+    def _steps(self, rows: Update, weights: dict[str, float], updates_per_epoch: int) -> dict[str, Step]:
         steps: dict[str, Step] = {}
         total = max(self.plan.epochs * updates_per_epoch, 1)
         done = self.position.epoch * updates_per_epoch + self.position.update
@@ -446,7 +446,7 @@ class Phase:
             batch = self.bench.task.prepare(batch, rng)
             steps[name] = Step(
                 self.trained, self.bench.task, batch, self.bench.references, rng, name, self.position.epoch,
-                done / total, self.layers[name], self.networks,
+                done / total, self.layers[name], self.networks, mean=partial(self.distribution.mean_of, weight=weights[name]),
             )  # fmt: skip
         joint = Joint(list(steps.values())) if self.plan.rhythm == "mixed" and len(steps) > 1 else None
         for step in steps.values():

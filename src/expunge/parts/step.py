@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,8 @@ class Step:
     peers: dict[str, Step] = field(default_factory=dict)
     scratch: dict[str, Any] = field(default_factory=dict)
     joint: Joint | None = None
+    mean: Callable[[Tensor], Tensor] = torch.mean
+    """(B,) -> () over the whole batch, of which several processes have a part each."""
     shift: Shift | None = None
     clean: Step | None = None
     _output: Output | None = None
@@ -161,5 +163,5 @@ class Step:
         return Step(
             self.model, self.task, self.batch, self.references, rng, self.split, self.epoch, self.progress,
             self.layers, self.networks, self.peers, shift=self.shift,
-            clean=None if self.clean is None else self.clean.again(),
+            clean=None if self.clean is None else self.clean.again(), mean=self.mean,
         )  # fmt: skip

@@ -30,13 +30,13 @@ def check_average(average: str) -> None:
         raise BadSetting(f"expected average to be one of {', '.join(AVERAGES)}, found {average!r}; use one of them")
 
 
-def averaged(value: PerExample, count: Tensor, average: str) -> PerExample:
+def averaged(value: PerExample, count: Tensor, average: str, step: Step) -> PerExample:
     """(B,) means over each example's choices -> the same, weighted so that the mean over the batch is the mean over
-    `average`. count: (B,) choices of each example."""
+    `average`. count: (B,) choices of each example; of several processes, the batch is that of all."""
     if average == "examples":
         return value
     count = count.to(value)
-    return value * (count * len(count) / count.sum().clamp_min(1))
+    return value * (count / step.mean(count).clamp_min(1 / len(count)))
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class AtChoices(Objective):
         other = step.reference_output(self.reference) if self.reference else None
         at = partial(self.function, **dict(self.settings))
         if not self.skip:
-            return averaged(task.per_choice(at, step.output, step.batch, other), count, self.average)
+            return averaged(task.per_choice(at, step.output, step.batch, other), count, self.average, step)
         table = task.per_choice(at, step.output, step.batch, other, reduce="none")
         first = torch.minimum(torch.full_like(count, self.skip), count - 1)
         kept = torch.arange(table.shape[1], device=table.device)[None] >= first[:, None]
         rest = count - first
-        return averaged(torch.where(kept, table, 0.0).sum(1) / rest, rest, self.average)
+        return averaged(torch.where(kept, table, 0.0).sum(1) / rest, rest, self.average, step)
 
     def __str__(self) -> str:
         inner = ", ".join(f"{name}={value:g}" for name, value in self.settings)

@@ -41,7 +41,7 @@ class Ascend(Objective):
 
 
 def _weighted(loss: PerExample, step: Step, average: str) -> PerExample:
-    return loss if average == "examples" else averaged(loss, step.task.choices(step.batch), average)
+    return loss if average == "examples" else averaged(loss, step.task.choices(step.batch), average, step)
 
 
 def fit(average: str = "examples") -> Objective:

@@ -54,7 +54,7 @@ class Relabel(Objective):
             table = step.scratch["memory"]
             batch = step.batch.with_columns(**{task.labels: table[step.batch.ids].to(step.batch[task.labels])})  # type: ignore[attr-defined]
         loss = task.loss(answered(step, batch), batch)
-        return loss if self.average == "examples" else averaged(loss, task.choices(batch), self.average)
+        return loss if self.average == "examples" else averaged(loss, task.choices(batch), self.average, step)
 
     def __str__(self) -> str:
         return f"relabel({self.policy}{', once' if self.draw == 'once' else ''})"
