@@ -32,6 +32,8 @@ NO_ANSWER = -100
 """In `labels`: a position that is not part of the answer (torch's and transformers' own mark)."""
 SMALLEST_VARIANCE = 1e-6
 """Of a token's log-probability, below which Min-K%++ divides by this instead."""
+CACHED = 2**16
+"""Logits that a core's cache holds beside what is made of them."""
 
 
 def nll(logits: Tensor, answers: Tensor) -> Tensor:
@@ -41,14 +43,27 @@ def nll(logits: Tensor, answers: Tensor) -> Tensor:
 
 def token_statistics(logits: Tensor, answers: Tensor) -> Tensor:
     """(N, 4) of each choice: log p of the answer, mean and standard deviation of log p(v) under p, and whether the answer
-    is the likeliest. All that membership and memorisation scores read."""
-    log_p = F.log_softmax(logits, dim=-1)
-    p = log_p.exp()
-    mean = (p * log_p).sum(-1)
-    variance = (p * log_p.square()).sum(-1) - mean.square()
-    own = log_p.gather(1, answers[:, None]).squeeze(1)
-    hit = (logits.argmax(-1) == answers).to(own.dtype)
-    return torch.stack([own, mean, variance.clamp_min(SMALLEST_VARIANCE).sqrt(), hit], dim=-1)
+    is the likeliest. All that membership and memorisation scores read.
+
+    With x = logits - max and e = exp x, log p = x - log sum e, so one exponential gives all four: the spread of x is that of
+    log p. On CPU a few rows at a time, so that they stay in the cache: a third of the time of whole tables.
+    """
+    rows = max(CACHED // logits.shape[-1], 1) if logits.device.type == "cpu" else len(answers)
+    pieces = zip(logits.split(max(rows, 1)), answers.split(max(rows, 1)), strict=True)
+    return torch.cat([_statistics(own, truth) for own, truth in pieces])
+
+
+def _statistics(logits: Tensor, answers: Tensor) -> Tensor:
+    top, likeliest = logits.max(-1)
+    x = logits - top[:, None]
+    e = x.exp()
+    total = e.sum(-1)
+    log_total = total.log()
+    first = torch.linalg.vecdot(e, x) / total
+    second = torch.linalg.vecdot(e * x, x) / total
+    own = x.gather(1, answers[:, None]).squeeze(1) - log_total
+    spread = (second - first.square()).clamp_min(SMALLEST_VARIANCE).sqrt()
+    return torch.stack([own, first - log_total, spread, (likeliest == answers).to(own.dtype)], dim=-1)
 
 
 @dataclass(frozen=True)
