@@ -81,6 +81,7 @@ ROWS: dict[str, dict[str, dict]] = {
     "lfssd": {"class": {"alpha": 7.0}},
     "fisher_forgetting": {"class": {"samples": 300}},
     "influence": {"class": {}, "regression": {"alpha": 0.3}},
+    "ntk_forgetting": {"class": {"initial_seed": 0, "samples": 60}},
     "sisa": {"class": {"prove": True}, "regression": {"prove": True}},
     "acu": {"class": {}, "regression": {}},
     "certified_removal": {"mislabelled": {}},
