@@ -85,7 +85,7 @@ def unlearn(
     state: dict[str, Any] | None = None,
     checkpoint_seconds: float = 30.0,
     checkpoint_steps: int | None = None,
-    trackers: list[str] | None = None,
+    trackers: list[Any] | None = None,
     report: Callable[[str, int, int], None] | None = None,
     stop: Stop | None = None,
     curves: Curves | None = None,
@@ -101,6 +101,8 @@ def unlearn(
         device, mixed_precision: as accelerate names them ("cpu", "cuda"; "bf16"); default: where the model is.
         floor: share of the original's utility on retain below which the best earlier state is restored. None: no floor.
         state: `outcome.state` of the previous request, for methods that keep some.
+        trackers: names that accelerate knows ("tensorboard"), or `accelerate.tracking.GeneralTracker` objects; they hear
+            every logged loss.
         report: called with (text, done, total) for progress.
         stop: ends the run beside the method's own stop, e.g. `parts.reaches(0.1, "probability")`.
         curves: what to measure while it runs, into `record["history"]` and metrics.jsonl; changes nothing else.
