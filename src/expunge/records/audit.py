@@ -162,7 +162,7 @@ class Auditor:
             self.ensembles |= reference_ensembles(case, shadows, seed)
         self.gold, self.floor = self._golds(gold, floor, dict(gold_settings or {}), cache)
         wanted = {True: None, False: ()}[attacks] if isinstance(attacks, bool) else attacks
-        self.attacks, self.budget = find_attacks(wanted), budget or Budget()
+        self.attacks, self.budget = find_attacks(wanted, self.case.task.name), budget or Budget()
         self._shared: Subjects | None = None
         self._attacked: dict[Any, Any] = {}
 
