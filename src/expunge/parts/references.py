@@ -65,7 +65,7 @@ class References:
 
     def lend(self, name: str, adapted: nn.Module) -> None:
         """Until `give_back`, what `name` says is what this network says with its adapters off."""
-        if name not in self._models and not (self.steady and _device(self._source(name)) == torch.device(self.device)):
+        if name not in self._models:
             self._lent[name] = adapted
 
     def give_back(self) -> None:

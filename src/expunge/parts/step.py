@@ -26,6 +26,8 @@ def capturing(model: nn.Module, layers: Sequence[str]):
     """
     seen: dict[str, Tensor] = {}
     modules = dict(model.named_modules()) if layers else {}
+    if layers and type(model).__module__.startswith("peft"):  # names are those of the model that wears the adapters
+        modules |= dict(model.model.named_modules())  # type: ignore[union-attr, operator]
     hooks = []
     for name in layers:
         owner = name.removesuffix(".input")
