@@ -136,6 +136,7 @@ def _surface(subjects: Subjects, budget: Budget, facts: Mapping[str, Any]) -> Ro
     found = {}
     for name, weight in before.items():
         change = (after[name].detach() - weight.detach()).float()
+        weight = weight.detach()
         if weight.dim() == 2 and float(weight.norm()) > 0:
             spectrum = (
                 np.linalg.svd(change.cpu().numpy(), compute_uv=False) if float(change.norm()) > 0 else np.zeros(1)

@@ -257,14 +257,15 @@ def leak_rate(
     rows = build(case, subjects.seed, texts).rows
     if level not in rows:
         raise BadSetting(f"expected a level that this case has ({', '.join(rows)}), found '{level}'; use one of them")
-    data = text_rows(rows[level])
-    asked = [data.decode(prompt) for prompt in data.prompt_ids()]
+    ids, data = rows[level].ids, text_rows(rows[level])
+    prompts = data.prompt_ids(ids)
+    asked = [data.decode(prompt) for prompt in prompts]
     answers = said(model, case, rows[level])
-    right = rouge_l_recall(answers, [data.decode(a) for a in data.answer_ids()]) >= success
+    right = rouge_l_recall(answers, [data.decode(a) for a in data.answer_ids(ids)]) >= success
     open_ = [not blocks_input(q) and not blocks_output(a) for q, a in zip(asked, answers, strict=True)]
     retain = case.split("retain")
     retain = retain.sample(min(len(retain), len(asked)), generator(subjects.seed, "false blocks"))
-    lengths = [len(p) for p in data.prompt_ids()][: len(retain)]
+    lengths = [len(prompt) for prompt in prompts][: len(retain)]
     benign = _after(retain, _unrelated(case, [max(n, 1) for n in lengths], subjects.seed))
     kept = text_rows(benign)
     blocked = [blocks_input(kept.decode(prompt)) for prompt in kept.prompt_ids()]
