@@ -157,6 +157,7 @@ def test_shots_that_fit():
     shots = [[1] * 10, [2] * 10, [3] * 10]
     assert stats.shots_that_fit(shots, 20, None) == shots
     assert stats.shots_that_fit(shots, 20, 45) == shots[:2]
+    assert stats.shots_that_fit([[0] * 30, *shots], 20, 45) == shots[:2]  # too long a one is passed over
     with pytest.raises(BadSetting, match="context of 25"):
         stats.shots_that_fit(shots, 20, 25)
 

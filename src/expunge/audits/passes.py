@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +35,34 @@ class Pass:
     predictions: np.ndarray | None
     utility: dict[str, float]
 
+    def at(self, places: np.ndarray) -> Pass:
+        """The same pass with its examples in another order."""
+        moved = {name: getattr(self, name) for name in ("ids", "forget_score", "loss", "answers", "predictions")}
+        moved = {name: None if values is None else values[places] for name, values in moved.items()}
+        return replace(self, signals={name: values[places] for name, values in self.signals.items()}, **moved)
+
+
+TEXTS = 64
+"""Texts in a batch at most: padding grows with a batch, and so does the memory of its logits."""
+
+
+def by_length(split: Split) -> torch.Tensor:
+    """Positions of the split, the longest text first (what does not fit into memory fails at once); else in order."""
+    lengths = getattr(split.data, "lengths", None)
+    if lengths is None:
+        return torch.arange(len(split))
+    return torch.tensor([lengths[i] for i in split.ids.tolist()]).argsort(descending=True, stable=True)
+
 
 def run_pass(task: Task, model: nn.Module, split: Split, seed: int, batch_size: int) -> Pass:
+    """One forward of the model over the split, in eval mode and without augmentation; texts of like length together."""
+    if not task.ragged or not len(split):
+        return _run(task, model, split, seed, batch_size)
+    order = by_length(split)
+    return _run(task, model, split.subset(order), seed, min(batch_size, TEXTS)).at(order.argsort().numpy())
+
+
+def _run(task: Task, model: nn.Module, split: Split, seed: int, batch_size: int) -> Pass:
     """One forward of the model over the split, in eval mode and without augmentation.
 
     What a stochastic task draws comes from the audit's seed, the split and the batch, so all models see the same draws.

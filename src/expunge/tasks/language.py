@@ -46,7 +46,7 @@ def token_statistics(logits: Tensor, answers: Tensor) -> Tensor:
     is the likeliest. All that membership and memorisation scores read.
 
     With x = logits - max and e = exp x, log p = x - log sum e, so one exponential gives all four: the spread of x is that of
-    log p. On CPU a few rows at a time, so that they stay in the cache: a third of the time of whole tables.
+    log p. On CPU a few rows at a time, so that they stay in the cache: half the time of whole tables.
     """
     rows = max(CACHED // logits.shape[-1], 1) if logits.device.type == "cpu" else len(answers)
     pieces = zip(logits.split(max(rows, 1)), answers.split(max(rows, 1)), strict=True)

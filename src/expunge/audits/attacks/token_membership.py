@@ -22,6 +22,7 @@ from torch import nn
 from expunge.audits.attacks import membership as rules
 from expunge.audits.base import Measured, Measurement, check
 from expunge.audits.metrics import token_statistics as stats
+from expunge.audits.metrics.intervals import bootstrap, wilson
 from expunge.audits.metrics.tofu import privleak as leak
 from expunge.cases.data import Split
 from expunge.errors import BadSetting, nearest
@@ -120,13 +121,28 @@ def _suite(subjects: Subjects, name: str, scores: Scores, note: str = "") -> lis
         holdout = len(pair("original")[1])
         coarse = f"{holdout} holdout examples cannot resolve this rate: no false positive allowed"
         said = "; ".join(part for part in (note, "" if holdout * limit >= 1 else coarse) if part)
-        measured = subjects.measure(pair, lambda members, others, limit=limit: rules.tpr_at_fpr(members, others, limit))
+        measured = subjects.measure(
+            pair,
+            lambda members, others, limit=limit: rules.tpr_at_fpr(members, others, limit),
+            lambda members, others, limit=limit: _rate_interval(members, others, limit, subjects),
+        )
         found.append(
             token_membership.measurement(
                 measured, name=f"membership_{name}_tpr_at_{rate}_fpr", split="forget", unit="rate", note=said
             )
         )
     return found
+
+
+def _rate_interval(members: np.ndarray, others: np.ndarray, limit: float, subjects: Subjects) -> tuple[float, float]:
+    """The wider end, on each side, of the bootstrap and of Wilson's interval, which has a width where all members are found."""
+
+    def rate(a: np.ndarray, b: np.ndarray) -> float:
+        return rules.tpr_at_fpr(a, b, limit)
+
+    drawn, share = bootstrap((members, others), rate, subjects.seed, subjects.resamples), rate(members, others)
+    own = wilson(share, len(members))
+    return min(drawn[0], own[0]), max(drawn[1], own[1])
 
 
 def _mean_log_likelihood(subjects: Subjects, what: str, subject: str, split: str, change: Callable[[Split], Split]):

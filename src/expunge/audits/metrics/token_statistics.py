@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from expunge.audits.passes import TEXTS, by_length
 from expunge.cases.data import Split
 from expunge.cases.text import TextData, encode
 from expunge.errors import BadModel, BadSetting
@@ -52,7 +53,7 @@ class TokenStatistics:
         return np.array([row.mean() for row in self.log_p])
 
 
-def token_statistics(task: Language, model: nn.Module, split: Split, batch_size: int = 64) -> TokenStatistics:
+def token_statistics(task: Language, model: nn.Module, split: Split, batch_size: int = TEXTS) -> TokenStatistics:
     """One forward pass over the split, in eval mode. Texts of like length share a batch, so that little is padding."""
     order = by_length(split)
     found: dict[str, list[np.ndarray]] = {
@@ -66,14 +67,6 @@ def token_statistics(task: Language, model: nn.Module, split: Split, batch_size:
                 for row, place in enumerate(places.tolist()):
                     rows[place] = table[name][row][table["filled"][row]].double().numpy()
     return TokenStatistics(found["log_p"], found["mean"], found["spread"], [row > 0.5 for row in found["hit"]])
-
-
-def by_length(split: Split) -> torch.Tensor:
-    """Positions of the split, the longest text first (what does not fit into memory fails at once)."""
-    lengths = getattr(split.data, "lengths", None)
-    if lengths is None:
-        return torch.arange(len(split))
-    return torch.tensor([lengths[i] for i in split.ids.tolist()]).argsort(descending=True, stable=True)
 
 
 def reference_score(own: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -109,14 +102,12 @@ def after_prefix(split: Split, prefix: Sequence[int]) -> Split:
 
 
 def shots_that_fit(shots: Sequence[Sequence[int]], longest: int, context: int | None) -> list[list[int]]:
-    """The first shots that leave room for the longest text in the model's context; at least one must fit."""
+    """The shots, in order, that leave room for the longest text in the model's context; at least one must fit."""
     room = float("inf") if context is None else context - longest
-    kept, used = [], 0
+    kept: list[list[int]] = []
     for shot in shots:
-        if used + len(shot) > room:
-            break
-        kept.append(list(shot))
-        used += len(shot)
+        if sum(map(len, kept)) + len(shot) <= room:
+            kept.append(list(shot))
     if not kept:
         raise BadSetting(
             f"expected room for at least one text of non-members before texts of {longest} tokens, found a context of {context}; "
