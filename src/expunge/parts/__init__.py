@@ -40,11 +40,14 @@ from expunge.parts.objectives import (
 )
 from expunge.parts.plan import Auxiliary, Edit, Exact, Guard, Optimizer, Plan, Protection, Term, Training
 from expunge.parts.proximal import soft_threshold
-from expunge.parts.rewind import rewind
-from expunge.parts.schedules import Constant, Decay, Multiplier, Rise, Until
+from expunge.parts.rewind import lowest_joint, rewind
+from expunge.parts.schedules import Constant, Decay, Drift, Multiplier, Rise, Until
 from expunge.parts.scopes import (
+    blocks,
     everything,
     expanded,
+    experts,
+    fisher_low_rank,
     fisher_ratio,
     largest,
     last_layers,
@@ -54,18 +57,20 @@ from expunge.parts.scopes import (
     random_weights,
     redrawn,
     salient,
+    traced,
     unpruned,
 )
 from expunge.parts.stops import divergence, forget_reaches_holdout, reaches, steps, utility_floor
 
 __all__ = [
-    "Auxiliary", "Constant", "Decay", "Edit", "Exact", "Guard", "Multiplier", "Optimizer", "Plan", "Protection",
-    "Rise", "Term", "Training", "Until", "adversaries", "aggregate", "anchor", "ascend", "at_choices", "average",
-    "balances", "beside", "ceu", "class_noise", "clean", "curvature", "divergence", "dpo", "everything", "expanded",
-    "fisher_ratio", "fit", "flat", "flatten_logits", "forget_reaches_holdout", "from_uniform", "gradient_penalty",
-    "hold", "instead", "inverted_hinge", "kto", "l1", "l2", "largest", "last_layers", "last_output", "latent", "layers", "leave",
-    "low_rank", "match", "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned",
-    "random_weights", "reaches", "redrawn", "relabel", "rewind", "salient", "sam", "satimp", "schedules", "scopes", "simnpo",
-    "smooth", "soft_threshold", "steer", "steps", "stops", "undial", "unlikelihood", "unpruned", "utility_floor",
+    "Auxiliary", "Constant", "Decay", "Drift", "Edit", "Exact", "Guard", "Multiplier", "Optimizer", "Plan",
+    "Protection", "Rise", "Term", "Training", "Until", "adversaries", "aggregate", "anchor", "ascend", "at_choices",
+    "average", "balances", "beside", "blocks", "ceu", "class_noise", "clean", "curvature", "divergence", "dpo",
+    "everything", "expanded", "experts", "fisher_low_rank", "fisher_ratio", "fit", "flat", "flatten_logits",
+    "forget_reaches_holdout", "from_uniform", "gradient_penalty", "hold", "instead", "inverted_hinge", "kto", "l1",
+    "l2", "largest", "last_layers", "last_output", "latent", "layers", "leave", "low_rank", "lowest_joint", "match",
+    "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned", "random_weights", "reaches",
+    "redrawn", "relabel", "rewind", "salient", "sam", "satimp", "schedules", "scopes", "simnpo", "smooth",
+    "soft_threshold", "steer", "steps", "stops", "traced", "undial", "unlikelihood", "unpruned", "utility_floor",
     "weighted_ascent", "worst_inputs",
 ]  # fmt: skip
