@@ -22,6 +22,7 @@ What had to be chosen:
   of such models are trained together only with members of equal size.
 * **Shuffling** is that of `engine.fit` on a split named "member": member i equals `fit(case, Split("member", data,
   rows_i), seeds[i])` up to rounding (and up to dropout, whose draws differ).
+* **Convolutions.** On CPU they and max pooling run in a layout of their own (`stacked_layers.py`).
 * **Memory.** All rows that any member uses are held in memory at once. `chunk` bounds how many models are.
 """
 
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from expunge.engine.per_example import LossModule, uses_batch_statistics, vmap_problem
+from expunge.engine.stacked_layers import StackedLayers
 from expunge.engine.stacked_training import State, Table, train_alone, train_together
 from expunge.errors import BadData, BadSetting, nearest
 from expunge.seeds import derive, generator
@@ -141,7 +143,8 @@ class Ensemble:
 
         def one(parameters: State, buffers: State, batch: Batch) -> tuple[Tensor, State]:
             state = {f"inner.model.{k}": v for k, v in (parameters | buffers).items()}
-            output = functional_call(module, state, (batch,))
+            with StackedLayers():
+                output = functional_call(module, state, (batch,))
             return output.prediction, {k: v for k, v in output.extra.items() if isinstance(v, Tensor)}
 
         step = self.chunk or len(self)

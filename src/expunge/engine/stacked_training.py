@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from expunge.engine.per_example import LossModule, rows_and_shared, vmap_problem
+from expunge.engine.stacked_layers import StackedLayers
 from expunge.seeds import derive, generator
 from expunge.tasks.base import Batch, Task
 
@@ -94,7 +95,8 @@ def train_together(
     def losses(p: State, b: State, ids: Tensor, rows: State) -> tuple[Tensor, State]:
         b = dict(b)  # batch norm writes running statistics into these tensors in place
         state = {f"model.{k}": v for k, v in (p | b).items()}
-        return functional_call(module, state, (Batch(ids, {**table.shared, **rows}),))[0], b
+        with StackedLayers():
+            return functional_call(module, state, (Batch(ids, {**table.shared, **rows}),))[0], b
 
     forward = vmap(losses, randomness="different")
     with torch.random.fork_rng(devices=[table.device] if table.device.type == "cuda" else []):
