@@ -51,6 +51,8 @@ bench-kill: .venv/.installed ## kill -9 at random steps, resume, compare tensors
 	$(RUN) -m expunge.benchmarks.kill
 bench-ensemble: .venv/.installed ## 64 shadow models together and one after another
 	$(RUN) -m expunge.benchmarks.ensemble_speed
+bench-language-cost: .venv/.installed ## time and memory beside open-unlearning, logits in pieces: make bench-language-cost PEER=path/to/checkout
+	$(RUN) -m expunge.benchmarks.language_cost $(if $(PEER),--peer $(PEER),--parts logits)
 
 format: .venv/.installed ## sort imports and format
 	.venv/bin/ruff check --fix .
@@ -60,4 +62,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble format clean
+.PHONY: help install demo test bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-language-cost format clean

@@ -128,7 +128,7 @@ def _in_8_bits(parameters: list[nn.Parameter]) -> Any:
         raise BadSetting(
             f"expected the model on a CUDA device for adamw_8bit, found it on {parameters[0].device}; use adamw, or device='cuda'"
         )
-    return need_extra("bitsandbytes", "language")
+    return need_extra("bitsandbytes", "cuda")
 
 
 def _moves(mask: Tensor | bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def unlearn(
     report: Callable[[str, int, int], None] | None = None,
     stop: Stop | None = None,
     curves: Curves | None = None,
+    in_place: bool = False,
     **settings: Any,
 ) -> Outcome:
     """Make `case.model` forget what `case.request` names.
@@ -106,6 +108,8 @@ def unlearn(
         report: called with (text, done, total) for progress.
         stop: ends the run beside the method's own stop, e.g. `parts.reaches(0.1, "probability")`.
         curves: what to measure while it runs, into `record["history"]` and metrics.jsonl; changes nothing else.
+        in_place: change `case.model` itself, so that memory holds one model; `outcome.case.model` is then the original, on
+            disk and read from there.
 
     Raises:
         UnmetNeed with everything that is missing, before any compute; BadSetting for a bad or unknown setting.
@@ -137,12 +141,17 @@ def unlearn(
             action, case, seed=seed, device=device, mixed_precision=mixed_precision, floor=floor, run=directory,
             identity=identity, checkpoint_seconds=checkpoint_seconds, checkpoint_steps=checkpoint_steps, trackers=trackers,
             state=state, report=tell if report is not None else None, stop=stop, curves=curves,
+            in_place=in_place,
         )  # fmt: skip
+        asked = case
+        if in_place:  # the request as it was asked: with the model from before, which is now on disk
+            asked = copy(case)
+            asked.model = result.original or case.model
         return Outcome(
             result.model,
-            _record(case, configured, action, config, result),
+            _record(asked, configured, action, config, result),
             configured,
-            case,
+            asked,
             result.state,
             result.proof,
             action,
