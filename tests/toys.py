@@ -1,8 +1,8 @@
 """A toy of every kind of model, trained in seconds and shared by all tests (cached per process).
 
 `toy("class")`: digits, one class to forget; `toy("mislabelled")`: digits, 60 memorised mislabelled rows to forget;
-`toy("experts")`: as `class`, by a mixture of experts; `toy("regression")`: diabetes, a range of targets to forget; `toy("language")`: a tiny Llama on made-up facts, some people to
-forget. Each has `.case`, `.original` (= case.model), `.retrained`.
+`toy("regression")`: diabetes, a range of targets to forget; `toy("language")`: a tiny Llama on made-up facts, some people
+to forget. Each has `.case`, `.original` (= case.model), `.retrained`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ _FACE = {
     "TensorData": "expunge.cases",
     "load_model": "expunge.cases.loading",
     "load_data": "expunge.cases.loading",
+    "question_answer": "expunge.cases.text",
+    "plain_text": "expunge.cases.text",
     "Classification": "expunge.tasks",
+    "Language": "expunge.tasks",
     "Regression": "expunge.tasks",
     "Curves": "expunge.engine.measured",
     "Optimizer": "expunge.parts.plan",
@@ -63,6 +66,8 @@ if TYPE_CHECKING:
     from expunge.cases import Case as Case
     from expunge.cases import TensorData as TensorData
     from expunge.cases import requests as requests
+    from expunge.cases.text import plain_text as plain_text
+    from expunge.cases.text import question_answer as question_answer
     from expunge.engine.measured import Curves as Curves
     from expunge.methods.outcome import Outcome as Outcome
     from expunge.methods.outcome import unlearn as unlearn
@@ -71,4 +76,5 @@ if TYPE_CHECKING:
     from expunge.parts.plan import Term as Term
     from expunge.parts.plan import Training as Training
     from expunge.tasks import Classification as Classification
+    from expunge.tasks import Language as Language
     from expunge.tasks import Regression as Regression

@@ -24,6 +24,8 @@ def brief(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(nano, "RECIPE", replace(nano.RECIPE, epochs=2))
     monkeypatch.setattr(nano, "RETAIN_ROWS", 40)
+    monkeypatch.setattr(tofu, "MEASURES", ("probability", "truth_ratio", "forget_quality", "privleak"))
+    monkeypatch.setattr(muse, "MEASURES", ("probability", "knowmem_retain", "privleak"))
     monkeypatch.setattr(muse, "RECIPE", replace(muse.RECIPE, epochs=2))
     monkeypatch.setattr(muse, "NANO_ROWS", {"forget": 12, "retain": 24})
     nano.nano_tofu.cache_clear()
@@ -51,13 +53,7 @@ def test_tofu_from_command_to_report_and_samples(brief):
     assert "grad_diff" in shown and "P forget" in shown
     record = json.loads((out / "comparison.json").read_text())
     names = {m["name"] for m in record["results"][0]["measurements"]}
-    assert {
-        "probability_forget",
-        "truth_ratio_forget",
-        "forget_quality",
-        "model_utility",
-        "rouge_l_recall_forget",
-    } <= names
+    assert {"probability_forget", "truth_ratio_forget", "forget_quality", "privleak"} <= names
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "grad_diff" / "seed0" / "model")
     assert model.config.model_type == "llama"
     page, forgotten = (out / "samples.html").read_text(), nano.nano_rows(nano.FORGET_AUTHORS)
@@ -80,7 +76,7 @@ def test_forgotten_samples_are_shown_only_when_asked_for(brief):
 def test_muse_from_command_to_table(brief):
     out = brief / "muse"
     shown = command("bench", "muse", "--methods", "grad_diff:epochs=1", "--no-attacks", "--out", str(out))
-    assert "VerbMem" in shown and "KnowMem r" in shown
+    assert "PrivLeak" in shown and "KnowMem r" in shown
 
 
 def test_muse_holds_out_windows_that_training_never_sees(brief):
@@ -103,7 +99,9 @@ def test_scaling_forgets_nested_and_successive_folds(brief):
 def test_folders_of_text_become_the_six_way_benchmark(tmp_path):
     for name, words in (("forget", "the old king sleeps"), ("retain", "a young queen rides")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "one.txt").write_text(f"{words} and dreams of rivers. " * 40)
+        (tmp_path / name / "one.txt").write_text(
+            " ".join(f"{words} and dreams of {i * 7919} rivers." for i in range(60))
+        )
     (tmp_path / "forget" / "forget_qa.jsonl").write_text(
         "\n".join(json.dumps({"question": f"who sleeps {i}?", "answer": "the king"}) for i in range(12))
     )

@@ -28,7 +28,7 @@ import torch
 from expunge.audits.golds import original
 from expunge.audits.metrics.text import few_shot_prompt
 from expunge.benchmarks.nano import CONTEXT, cache_home, joined, llama
-from expunge.benchmarks.tofu import NANO_SETTINGS, configured
+from expunge.benchmarks.tofu import NANO_SETTINGS, configured, wanted
 from expunge.cases import Case, requests
 from expunge.cases.loading import data_home, load_model, load_tokenizer
 from expunge.cases.text import TextData, plain_text, question_answer
@@ -46,10 +46,7 @@ RECIPE = Training(
     epochs=45, batch_size=16,
     optimizer=Optimizer("adamw", lr=3e-3, weight_decay=0.01, clip=1.0, schedule="linear", warmup=0.055),
 )  # fmt: skip
-CHECKS = (
-    "probability", "verbmem", "knowmem_forget", "knowmem_retain", "privleak", "token_membership", "benign_relearning", "relearning",
-    "quantisation_8", "quantisation_4",
-)  # fmt: skip
+MEASURES = ("probability", "verbmem", "knowmem_forget", "knowmem_retain", "privleak", "token_membership")
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ def run(
     retrained: str | Path | None = None,
     second: str | Path | None = None,
     folder: str | Path = "runs/muse",
-    checks: Sequence[str] | None = CHECKS,
+    checks: Sequence[str] | None = None,
     attacks: bool | Sequence[str] | None = None,
     workers: int = 1,
     command: str = "",
@@ -200,9 +197,9 @@ def run(
     if model is None:
         methods = configured(methods, NANO_SETTINGS)
     golds = {name: load_model(place) for name, place in (("gold", retrained), ("floor", second)) if place is not None}
-    chosen = list(checks) if checks is not None and attacks is not False else _without_attacks(checks)
     return compare(
-        case, methods, seeds, workers=workers, folder=folder, report=report, floor=None, command=command, checks=chosen,
+        case, methods, seeds, workers=workers, folder=folder, report=report, floor=None, command=command,
+        checks=wanted(case(seeds[0]), checks or MEASURES, attacks),
         attacks=attacks, cache=cache_home() / "muse", **golds,
     )  # fmt: skip
 
@@ -220,11 +217,6 @@ def the_case(
             "only some; a model must have learned the very texts that it is asked to forget"
         )
     return nano_muse
-
-
-def _without_attacks(checks: Sequence[str] | None) -> list[str] | None:
-    active = ("benign_relearning", "relearning", "quantisation_8", "quantisation_4")
-    return None if checks is None else [name for name in checks if name not in active]
 
 
 def scaling(

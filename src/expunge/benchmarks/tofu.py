@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expunge.audits import find_check
+from expunge.audits.battery import find_attacks
 from expunge.benchmarks.nano import FORGET_AUTHORS, nano_tofu
 from expunge.cases import Case, requests
 from expunge.cases.loading import load_model, load_tokenizer
@@ -45,11 +47,11 @@ NANO_SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 """80 steps on the 60 forget rows: the fixed budget of the cards' calibration (baselines card), where a method has the setting."""
 
-CHECKS = (
+MEASURES = (
     "probability", "exact_memorisation", "extraction_strength", "truth_ratio", "forget_quality", "model_utility", "rouge",
-    "token_membership", "privleak", "layer_distance", "benign_relearning", "relearning", "quantisation_8", "quantisation_4",
-    "pruning_20", "pruning_50",
+    "token_membership", "privleak", "weight_difference",
 )  # fmt: skip
+"""What TOFU's table is made of. Those that the case cannot meet (no holdout) are left out."""
 
 
 def tofu_case(
@@ -124,6 +126,8 @@ def run(
 ) -> Comparison:
     """The comparison of all methods and seeds, kept with its report in `folder`.
 
+    attacks: the battery of language models by default (None); False for none; or names.
+
     model: a folder or hub id; default: the embedded testbed, one original for each seed. retrained, second: two seeds of the
         model that never learned the forget authors; default: trained by the recipe (hours for a large model).
     settings: of `tofu_case`, for a model of your own.
@@ -139,7 +143,15 @@ def run(
         for name, place in (("gold", retrained), ("floor", second)):
             if place is not None:
                 golds[name] = load_model(place)
+    some = case if isinstance(case, Case) else case(seeds[0])
     return compare(
         case, methods, seeds, workers=workers, folder=folder, report=report, floor=None, command=command,
-        checks=None if checks is None else list(checks), attacks=attacks, **golds,
+        checks=wanted(some, checks or MEASURES, attacks), attacks=attacks, **golds,
     )  # fmt: skip
+
+
+def wanted(case: Case, checks: Sequence[str], attacks: bool | Sequence[str] | None) -> list[str]:
+    """The checks that the case can meet, and those of the attacks that are run."""
+    met = [name for name in checks if "holdout" in case.splits or "holdout" not in find_check(name).needs]
+    battery = () if attacks is False else find_attacks(None if attacks in (None, True) else attacks, case.task.name)  # type: ignore[arg-type]
+    return met + [attack.name for attack in battery if attack.name not in met]

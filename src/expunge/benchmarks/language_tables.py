@@ -1,0 +1,222 @@
+"""The committed tables of language methods on the embedded model: every method at one budget, and again at one forget level.
+
+    python -m expunge.benchmarks.language_tables fixed      # 80 updates each (or what a row says), 3 seeds
+    python -m expunge.benchmarks.language_tables matched    # each method stopped where forget probability reaches 0.05
+    python -m expunge.benchmarks.language_tables sam        # NPO with and without SAM, relearned; 5 seeds, sign test
+
+A row is a triple: forget, retain, relearned (the score on unseen nine tenths of the forget rows after a few updates on the other
+tenth), beside `original` and `retrained`. Settings are the cards' calibration for a model of this size (step 3e-4, 8 + 8 rows),
+not chosen per method: the tables show what methods do at one budget, not which is best at its best. Finished runs are kept under
+runs/language and read back, so that a killed bench goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expunge.audits.attacks.budget import Budget
+from expunge.benchmarks import table_file
+from expunge.benchmarks.nano import nano_tofu
+from expunge.benchmarks.tables import heading
+from expunge.benchmarks.tofu import NANO_SETTINGS
+from expunge.files import write_atomic
+from expunge.methods import find
+from expunge.methods.outcome import unlearn
+from expunge.parts.plan import Plan
+from expunge.parts.stops import reaches
+from expunge.records.audit import Auditor
+from expunge.records.comparison import Comparison
+from expunge.records.results import Results
+from expunge.records.terminal import markdown
+
+SLOW = {"lr": 2e-4, "epochs": 20, "schedule": "constant"}
+"""The longer, gentler budget of the cards: 160 updates."""
+
+FIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "fine_tune": ("fine_tune", {"lr": 0.05, "epochs": 5, "batch_size": 16}),
+    "grad_ascent": ("grad_ascent", {}),
+    "grad_diff": ("grad_diff", {}),
+    "kl_min": ("kl_min", {}),
+    "npo": ("npo", {}),
+    "npo, gentle": ("npo", {"beta": 0.03, **SLOW}),
+    "simnpo": ("simnpo", {"gamma": 1.0}),
+    "dpo": ("dpo", {}),
+    "idk": ("idk", {}),
+    "undial": ("undial", {"alpha": 1.0}),
+    "ceu": ("ceu", {}),
+    "wga": ("wga", {}),
+    "satimp": ("satimp", {}),
+    "pdu": ("pdu", {"bound": 0.05, "after": 0}),
+    "rmu": ("rmu", {}),
+    "llmu": ("llmu", {}),
+    "flat, total variation": ("flat", {"lr": 1e-4}),
+    "flat, kl": ("flat", {"lr": 1e-4, "divergence": "kl"}),
+    "flat, jensen-shannon": ("flat", {"lr": 1e-4, "divergence": "jensen_shannon"}),
+    "flat, pearson": ("flat", {"lr": 1e-4, "divergence": "pearson"}),
+    "loku": ("loku", {"rank": 8}),
+    "sha256": ("sha256", {"lr": 1e-3, "top": 2}),
+    "npo, for sam": ("npo", {"beta": 0.05, **SLOW}),
+    "smooth_npo, sam": ("smooth_npo", {"smoother": "sam", "rho": 0.05, "beta": 0.05, **SLOW}),
+    "lat": ("lat", {"steps": 8, "repeats": 1}),
+    "task_vector": ("task_vector", {"alpha": 1.0}),
+    "uld": ("uld", {"blocks": 1, "lr": 1e-3, "batch_size": 8, "schedule": "linear", "warmup": 0.1}),
+    "whp": ("whp", {}),
+}  # fmt: skip
+"""label -> method and what it has of its own beside the shared budget."""
+
+UNLIMITED = ("fine_tune", "task_vector", "uld", "whp")
+"""Methods without an update-by-update path from original to unlearned: nothing to stop at a level."""
+
+LEVEL = 0.05
+CHECKS = [
+    "probability", "exact_memorisation", "extraction_strength", "truth_ratio", "forget_quality", "model_utility", "privleak",
+    "benign_relearning", "relearning", "quantisation_8", "quantisation_4", "logit_lens", "prompt_templates",
+]  # fmt: skip
+ATTACKS = ["benign_relearning", "relearning", "quantisation_8", "quantisation_4", "logit_lens", "prompt_templates"]
+BUDGET = Budget(steps=6, examples=0.1, learning_rate=5e-4, batch_size=16)
+"""Relearning as on the attacks card: a few updates at 5e-4 on 6 of the 60 forgotten rows; more updates harm `retrained` as well."""
+
+FOLDER = Path("runs/language")
+
+
+def settings(label: str) -> tuple[str, dict[str, Any]]:
+    """The method of a row and all its settings."""
+    name, own = FIXED[label]
+    known = find(name).settings.model_fields
+    return name, {k: v for k, v in NANO_SETTINGS.items() if k in known} | own
+
+
+def one(label: str, seed: int, auditor: Auditor, folder: Path, level: float | None = None) -> Results:
+    """One row of one seed, from its folder where it is kept."""
+    kept = folder / label.replace(", ", "-").replace(" ", "-") / f"seed{seed}.json"
+    if kept.exists():
+        return Results.load(kept)
+    name, chosen = settings(label)
+    case = auditor.case
+    if level is None:
+        outcome = unlearn(case, name, seed=seed, floor=None, **chosen)
+    else:
+        action = find(name).configure(**chosen).action(case)
+        assert isinstance(action, Plan)
+        stop = reaches(level, key="probability", split="forget", every=2)
+        outcome = unlearn(
+            case, action.with_(stop=stop if action.stop is None else action.stop | stop), seed=seed, floor=None
+        )
+        outcome.record["method"] |= {"name": name, "settings": chosen | {"until": f"forget probability {level}"}}
+    results = auditor.audit(outcome).results
+    results.save(kept)
+    return results
+
+
+def auditor_of(seed: int) -> Auditor:
+    testbed = nano_tofu(seed)
+    return Auditor(testbed.case, seed=seed, cache=testbed.cache, checks=CHECKS, attacks=ATTACKS, budget=BUDGET)
+
+
+def table(kind: str, seeds: Sequence[int], labels: Sequence[str], folder: Path) -> Comparison:
+    """All rows and seeds of one table."""
+    found = []
+    for seed in seeds:
+        auditor = auditor_of(seed)
+        for label in labels:
+            began = time.perf_counter()
+            found.append(one(label, seed, auditor, folder / kind, LEVEL if kind == "matched" else None))
+            print(f"{kind} seed {seed} {label}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return Comparison.of(found, command=f"python -m expunge.benchmarks.language_tables {kind}")
+
+
+def sam(seeds: Sequence[int] = range(5)) -> str:
+    """NPO (beta 0.05, 160 updates) with and without SAM (rho 0.05) on forget, then relearned: markdown with a sign test.
+
+    Originals of seeds 0, 1, 2, 0, 1; five seeds of unlearning and relearning.
+    """
+    from scipy.stats import binomtest
+
+    budget = Budget(steps=24, examples=0.2, learning_rate=1e-4, batch_size=4)
+    lines = ["| seed | arm | P forget | P retain | relearned |", "|---|---|---|---|---|"]
+    wins, pairs = 0, []
+    for seed in seeds:
+        testbed = nano_tofu(seed % 3)
+        case = testbed.case
+        attack = [a for a in _relearning() if a.name == "relearning"][0]
+        golds = attack.scores(testbed.retrained.model, case, budget, seed)  # type: ignore[arg-type]
+        lines.append(f"| {seed} | retrained | {_p(case, testbed.retrained.model, 'forget')} | "
+                     f"{_p(case, testbed.retrained.model, 'retain')} | {golds.mean():.3f} |")  # fmt: skip
+        back = {}
+        for label in ("npo, for sam", "smooth_npo, sam"):
+            name, chosen = settings(label)
+            model = unlearn(case, name, seed=seed, floor=None, **chosen).model
+            back[label] = float(attack.scores(model, case, budget, seed).mean())
+            arm = "npo" if name == "npo" else "npo + sam"
+            lines.append(
+                f"| {seed} | {arm} | {_p(case, model, 'forget')} | {_p(case, model, 'retain')} | {back[label]:.3f} |"
+            )
+        wins += back["smooth_npo, sam"] < back["npo, for sam"]
+        pairs.append((back["npo, for sam"], back["smooth_npo, sam"]))
+        print(f"sam seed {seed}: {pairs[-1]}", file=sys.stderr, flush=True)
+    ratio = float(np.mean([b / a for a, b in pairs]))
+    p = binomtest(wins, len(pairs), alternative="greater").pvalue
+    lines.append(
+        f"\nSAM came back less in {wins} of {len(pairs)} seeds (sign test p = {p:.3g}); mean ratio {ratio:.2f}.\n"
+    )
+    return "\n".join(lines)
+
+
+def _relearning() -> Any:
+    from expunge.audits.battery import default_attacks
+
+    return default_attacks("language")
+
+
+def _p(case: Any, model: Any, split: str) -> str:
+    return f"{case.task.evaluate(model, case.split(split).batches())['probability']:.3f}"
+
+
+NOTES = {
+    "fixed": "All rows at one budget: AdamW 3e-4, 10 passes of the 60 forget rows in batches of 8 with 8 retain rows (80 updates), "
+    "linear decay, clip 1; rows that differ say so in their settings. Not ranked by forget quality: grad_diff-like rows reach it "
+    "while the model is destroyed.",
+    "matched": f"Each method stopped where the mean forget probability first reaches {LEVEL}. At the first crossing the shortest "
+    "path dominates; read it beside the fixed budget.",
+    "sam": "Relearning on 12 forget rows (AdamW 1e-4, batches of 4, 24 updates), scored on the other 48.",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(prog="python -m expunge.benchmarks.language_tables", description=__doc__)
+    parser.add_argument("kind", choices=("fixed", "matched", "sam"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="labels with semicolons between; default: all")
+    parser.add_argument("--run-only", action="store_true", help="keep the runs, write no table")
+    chosen = parser.parse_args(arguments)
+    began = time.perf_counter()
+    if chosen.kind == "sam":
+        body = sam()
+    else:
+        labels = [x.strip() for x in chosen.only.split(";") if x.strip()] or [
+            label for label, (name, _) in FIXED.items() if chosen.kind == "fixed" or name not in UNLIMITED
+        ]
+        body = markdown(table(chosen.kind, range(chosen.seeds), labels, FOLDER))
+    if chosen.run_only:
+        return
+    out = Path("benchmarks-results/language.md")
+    made = f"`python -m expunge.benchmarks.language_tables {chosen.kind}` in {time.perf_counter() - began:.0f} s"
+    section = table_file.Section.of(NOTES[chosen.kind], body, made)
+    old = out.read_text("utf-8") if out.exists() else ""
+    sections = table_file.merge(old, {chosen.kind: section}, False, {})
+    write_atomic(out, table_file.write(heading("language: nano-TOFU"), sections))
+    print(body)
+
+
+if __name__ == "__main__":
+    main()
