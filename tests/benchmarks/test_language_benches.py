@@ -52,7 +52,8 @@ def test_tofu_from_command_to_report_and_samples(brief):
     )
     assert "grad_diff" in shown and "P forget" in shown
     record = json.loads((out / "comparison.json").read_text())
-    names = {m["name"] for m in record["results"][0]["measurements"]}
+    run = record["results"][0]
+    names = {m["name"] for m in [*run["measurements"], *run["attacks"]]}
     assert {"probability_forget", "truth_ratio_forget", "forget_quality", "privleak"} <= names
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "grad_diff" / "seed0" / "model")
     assert model.config.model_type == "llama"

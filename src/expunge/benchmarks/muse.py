@@ -169,7 +169,7 @@ def nano_muse(seed: int = 0) -> Case:
     torch.manual_seed(0)
     model = llama()
     torch.random.set_rng_state(state)
-    case = muse_case(plays(), model, nano_tokenizer(), rows=NANO_ROWS, name="nano-muse")
+    case = muse_case(plays(), model, nano_tokenizer(), rows=NANO_ROWS, recipe=RECIPE, name="nano-muse")
     return case.with_(model=original(case, seed, cache_home() / "muse").model)
 
 

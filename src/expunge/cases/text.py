@@ -211,13 +211,13 @@ def plain_text(
                 size.append(compressed_bytes(tokenizer.decode(piece)))
     if not rows:
         raise BadData(f"expected texts of at least 2 tokens, found none in {len(texts)} texts; pass longer texts")
-    spread = {name: [values[i] for i in document] for name, values in columns.items()}
+    spread: dict[str, Any] = {name: [values[i] for i in document] for name, values in columns.items()}
     return TextData(rows, [0] * len(rows), tokenizer, document=document, zlib_bytes=size, **spread)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text, without the special ones that a tokenizer puts around whole inputs."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # quiet about a context's length
 
 
 def padding_token(tokenizer: Any) -> int:
@@ -290,7 +290,7 @@ def load_text(
         texts = [f.read_text(encoding="utf-8") for f in files]
         return plain_text(tokenizer, texts, window=window, file=[f.stem for f in files])
     columns = read_columns(files[0])
-    rest = {n: v for n, v in columns.items() if n not in (question, answer, text) and _plain(v)}
+    rest: dict[str, Any] = {n: v for n, v in columns.items() if n not in (question, answer, text) and _plain(v)}
     if question in columns and answer in columns:
         return question_answer(
             tokenizer, list(map(str, columns[question])), list(map(str, columns[answer])), template=template,
