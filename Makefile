@@ -51,6 +51,10 @@ bench-kill: .venv/.installed ## kill -9 at random steps, resume, compare tensors
 	$(RUN) -m expunge.benchmarks.kill
 bench-ensemble: .venv/.installed ## 64 shadow models together and one after another
 	$(RUN) -m expunge.benchmarks.ensemble_speed
+bench-membership: .venv/.installed ## six membership scores of texts over a bare forward pass (EXPUNGE_DATA)
+	$(RUN) -m expunge.benchmarks.membership_cost
+bench-tofu: .venv/.installed ## TOFU's evaluation beside open-unlearning's: make bench-tofu PEER=path/to/checkout
+	$(RUN) -m expunge.benchmarks.tofu_official --peer $(PEER)
 bench-language-cost: .venv/.installed ## time and memory beside open-unlearning, logits in pieces: make bench-language-cost PEER=path/to/checkout
 	$(RUN) -m expunge.benchmarks.language_cost $(if $(PEER),--peer $(PEER),--parts logits)
 
@@ -62,4 +66,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-language-cost format clean
+.PHONY: help install demo test bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-language-cost bench-membership bench-tofu format clean

@@ -215,10 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(NAME, __doc__)
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of locuslab/open-unlearning")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=60, help="questions of the retain table")
+    parser.add_argument("--knowledge", type=int, default=40, help="questions each of real authors and world facts")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    case = nano_with_knowledge()
+    case = nano_with_knowledge(given.rows, given.knowledge)
     model, peer = case.model, Peer(official(given.peer), case)
     own, other = here(case, model), peer.evaluate(model)
     rows = [{"number": name, "here": own[name], "open-unlearning": other.get(name)} for name in own]

@@ -33,6 +33,8 @@ SOURCE = "TOFU, arXiv 2401.06121, as open-unlearning computes it"
 FORGET, RETAIN = f"{PROBE}forget_perturbed", f"{PROBE}retain_perturbed"
 KNOWLEDGE = (f"{PROBE}real_authors", f"{PROBE}world_facts")
 NEW_TOKENS = 200
+TOGETHER = 128
+"""Prompts answered together: decoding waits for memory and launches, so more rows cost little more time."""
 FACTS: dict[str, Any] = {"range": (0.0, 1.0), "kinds": ("language",), "source": SOURCE}
 PAIR = (
     "never rank by forget quality alone: a model broken at random can match the retrained one's distribution on its way down; "
@@ -80,7 +82,9 @@ def recall(subjects: Subjects, subject: str, split: str, new_tokens: int = NEW_T
         data, ids = rows.data, rows.ids
         if split.startswith(PROBE):
             ids = ids[np.flatnonzero(np.asarray(data.column("role")) == ANSWER)]
-        made = subjects.task.generate(model, data.prompt_ids(ids), new_tokens, end=data.end, pad=data.pad)
+        made = subjects.task.generate(
+            model, data.prompt_ids(ids), new_tokens, end=data.end, pad=data.pad, batch_size=TOGETHER
+        )
         truths = [data.decode(tokens).strip() for tokens in data.answer_ids(ids)]
         return rouge_l_recall([data.decode(tokens).strip() for tokens in made], truths)
 
