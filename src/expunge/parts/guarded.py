@@ -93,6 +93,8 @@ def load_guard(folder: str | Path, base: nn.Module) -> Guarded:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from expunge.parts import combined  # noqa: F401 (a kind is known once its module is)
+
     folder = Path(folder)
     try:
         about = json.loads((folder / "guard.json").read_text(encoding="utf-8"))
