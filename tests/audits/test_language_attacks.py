@@ -2,6 +2,7 @@
 accuse."""
 
 import copy
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -11,7 +12,7 @@ import torch
 from tests.toys import tiny_llama, toy, words_tokenizer
 from torch import nn
 
-from expunge import requests
+from expunge import requests, unlearn
 from expunge.audits import Subjects, run_checks
 from expunge.audits.attacks import prompts, reintroduction, rows
 from expunge.audits.attacks.activations import decoder, lens_output, streams
@@ -34,6 +35,7 @@ from expunge.cases.data import Split
 from expunge.cases.text import TextData
 from expunge.engine import fit
 from expunge.errors import BadData, BadSetting, UnmetNeed
+from expunge.records.audit import Auditor
 
 BUDGET = Budget()
 
@@ -581,3 +583,22 @@ def test_attacked_is_what_intention_reads():
     row = next(c for c in found.criteria if c.name == "quantisation")
     assert row.value == pytest.approx(0.1) and row.limit == pytest.approx(0.2) and row.held
     assert isinstance(toy("language").case.split("forget"), Split)
+
+
+def test_an_audit_prints_claim_and_measurement_and_saves_the_checklist(tmp_path):
+    """On digits: the fine-tuned model still knows its class, whatever it claims."""
+    found = toy("class")
+    auditor = Auditor(
+        found.case, gold=found.retrained, floor=fit(found.case, "retain", 2), checks=["forget_score"],
+        attacks=["quantisation_8", "pruning_20"], profile="open_problems",
+    )  # fmt: skip
+    audit = auditor.audit(unlearn(found.case, "fine_tune", epochs=1))
+    assert audit.intention.observed == "none" and "claims" in str(audit) and "failed: " in str(audit)
+    seen = audit.results.verdict.numbers["observed_intention"]
+    assert seen["observed"] == "none" and seen["sentence"].startswith("claims ")
+    rows_ = {row["id"]: row for row in json.loads((audit.save(tmp_path / "run") / "profile.json").read_text())["rows"]}
+    assert rows_["D1"]["result"] == rows_["D4"]["result"] == "fail" and rows_["H4"]["result"] == "told"
+    assert rows_["E1"]["reason"] == "outside the minimal battery of classification"
+    assert "measured: none" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(BadSetting, match="open_problems"):
+        Auditor(found.case, gold=found.retrained, profile="open_problem")

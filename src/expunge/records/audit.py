@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from expunge.audits.base import checks as known_checks
 from expunge.audits.base import run_checks
 from expunge.audits.battery import attack_all, find_attacks, judge
 from expunge.audits.golds import Gold, make_gold
+from expunge.audits.intention import ObservedIntention, observed_intention
+from expunge.audits.profiles import ProfileReport, find_profile, run_profile
 from expunge.audits.subjects import Subjects
 from expunge.audits.verdict import Thresholds, Verdict
 from expunge.cases.case import Case
 from expunge.engine.rundir import machine, save_model, versions
 from expunge.errors import BadSetting
-from expunge.records.canonical import digest_ids
+from expunge.files import write_atomic
+from expunge.records.canonical import digest_ids, plain
 from expunge.records.results import Results
 
 if TYPE_CHECKING:
@@ -35,18 +39,21 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, int, int], None]
 
-EXPENSIVE = ("ain", "relearn_time")
-"""Checks that train further models; asked for by name."""
+EXPENSIVE = ("ain", "relearn_time", "extraction_likelihood", "prompt_generation", "worst_of_n", "odd_answers")
+"""Checks that train further models or write many answers; asked for by name, or run by a profile."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """results: everything measured, as `results.json` holds it. outcome: what was audited."""
+    """results: everything measured, as `results.json` holds it. outcome: what was audited. intention: what the attacks say
+    of the method's claim; None where none ran. profile: the checklist, where one was asked for."""
 
     results: Results
     verdict: Verdict
     outcome: Outcome
     gold: Gold
+    intention: ObservedIntention | None = None
+    profile: ProfileReport | None = None
 
     def table(self) -> Table:
         """Original, unlearned, retrained, floor and gap of every measurement, for a terminal."""
@@ -57,7 +64,11 @@ class Audit:
     def __str__(self) -> str:
         from expunge.records.terminal import as_text
 
-        return as_text(self.table(), f"{self.verdict.verdict}: {self.verdict.reason}")
+        lines = [
+            f"{self.verdict.verdict}: {self.verdict.reason}",
+            *map(str, filter(None, (self.intention, self.profile))),
+        ]
+        return as_text(self.table(), *lines)
 
     def report(self, path: str | Path) -> Path:
         """Write the page a person reads."""
@@ -66,7 +77,7 @@ class Audit:
         return write_report(path, self.results)
 
     def save(self, folder: str | Path, key: str | Path | None = None) -> Path:
-        """results.json, report.html, model/ and certificate.json in one folder; returns the folder.
+        """results.json, report.html, model/ and certificate.json in one folder, and profile.json where there is one.
 
         key: the private key that signs the certificate; default: `signing-key.pem` beside the folder, made if missing.
         """
@@ -76,6 +87,8 @@ class Audit:
         folder = Path(folder)
         self.results.save(folder / "results.json")
         self.report(folder / "report.html")
+        if self.profile is not None:
+            write_atomic(folder / "profile.json", json.dumps(plain(self.profile.as_dict()), indent=1) + "\n")
         save_model(self.outcome.model, folder / "model")
         self.outcome.case.data.save_beside(folder / "model")
         key = Path(key) if key is not None else folder.parent / "signing-key.pem"
@@ -133,6 +146,7 @@ class Auditor:
         thresholds: of the verdict. seed: of gold, attacks and bootstrap. cache: a folder where golds are kept.
         shadows: models per ensemble for the checks that need distributions (U-LiRA, RMIA, KLoM, challenge score); 0 for
             none. The method is then run on as many originals. ensembles: your own, see `Subjects`.
+        profile: a named checklist to run as well ("open_problems"), with the audit's budget.
     """
 
     def __init__(
@@ -151,7 +165,11 @@ class Auditor:
         shadows: int = 0,
         ensembles: Mapping[str, Any] | None = None,
         report: Report | None = None,
+        profile: str | None = None,
     ):
+        if profile is not None:
+            find_profile(profile)
+        self.profile = profile
         self.case, self.seed, self.thresholds, self.report = case, seed, thresholds or Thresholds(), report
         self.wanted = None if checks is None else list(checks)
         self.ensembles, self.shadows = dict(ensembles or {}), shadows
@@ -217,7 +235,7 @@ class Auditor:
             )
         names = self.chosen(subjects)
         budgets = {name: {"budget": self.budget} for name in names if "budget" in known_checks()[name].settings}
-        attack_all(
+        attacks = attack_all(
             subjects,
             self.attacks,
             self.budget,
@@ -228,10 +246,33 @@ class Auditor:
             subjects, names, budgets, progress=lambda c: self._tell(c.name, names.index(c.name), len(names))
         )
         verdict = judge(subjects, self.attacks, self.budget, self.thresholds, outcome.proof)
-        results = self._results(outcome, subjects, measured, verdict)
-        return Audit(results, verdict, outcome, self.gold)
+        intention = profile = None
+        if attacks and subjects.unmet("retrained") is None:
+            intention = observed_intention(subjects, outcome.record["method"]["intention"], attacks)
+        if self.profile is not None:
+            facts = {"seconds": outcome.record["cost"]["seconds"], "retrain_seconds": self.gold.seconds or None,
+                     "weights": outcome.record["weights"]}  # fmt: skip
+            profile = run_profile(
+                self.profile,
+                subjects,
+                self.budget,
+                facts=facts,
+                progress=lambda q: self._tell(f"{q.id} {q.text}", 0, 1),
+            )
+        results = self._results(outcome, subjects, measured, verdict, intention)
+        return Audit(results, verdict, outcome, self.gold, intention, profile)
 
-    def _results(self, outcome: Outcome, subjects: Subjects, measured: list[Measured], verdict: Verdict) -> Results:
+    def _results(
+        self,
+        outcome: Outcome,
+        subjects: Subjects,
+        measured: list[Measured],
+        verdict: Verdict,
+        intention: ObservedIntention | None,
+    ) -> Results:
+        told = verdict.as_record()
+        if intention is not None:
+            told["numbers"] |= {"observed_intention": {"observed": intention.observed, "sentence": str(intention)}}
         record, registry = outcome.record, known_checks()
         attacks = {name for name, item in registry.items() if item.attack}
         retrain = self.gold.seconds or None
@@ -250,7 +291,7 @@ class Auditor:
                 },
                 "measurements": [m.as_dict() for m in measured if m.check not in attacks],
                 "attacks": [m.as_dict() for m in measured if m.check in attacks],
-                "verdict": verdict.as_record(),
+                "verdict": told,
                 "history": record["history"],
                 "warnings": record["warnings"],
                 "weights": record["weights"],
