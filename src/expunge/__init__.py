@@ -36,6 +36,8 @@ _FACE = {
     "Audit": "expunge.records.audit",
     "audit": "expunge.records.audit",
     "compare": "expunge.records.compare",
+    "matched": "expunge.records.matched",
+    "search": "expunge.records.search",
     "fit": "expunge.engine",
     "verify": "expunge.records.certificate",
 }

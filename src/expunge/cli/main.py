@@ -133,6 +133,24 @@ def compare(
 
 
 @app.command()
+def search(
+    case: CaseArgument,
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option("--over", help="lr=1e-4..0.1:log, or policy=other,uniform; once for each setting"),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="settings to try")] = 30,
+    least: Annotated[float, typer.Option(help="share of utility that the choice must keep")] = 0.97,
+    out: Out = None,
+) -> None:
+    """Settings of the method, by search on half of the rows; the other half is not read."""
+    from expunge.cli import searching
+
+    searching.search(case, overrides or [], over or [], trials, least, out)
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write report.html of a run or a comparison anew from its records."""
     from expunge.cli import records
