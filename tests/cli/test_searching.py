@@ -32,3 +32,14 @@ def test_search_prints_the_front_and_keeps_every_trial(shell, case_file, tmp_pat
     assert "forget gap" in result.text and "method.lr=" in result.text
     assert "Did you mean 'density'" in shell("search", case_file, "--over", "densty=0.2,0.8").text
     assert "at least one setting" in shell("search", case_file).text
+
+
+def test_the_dry_run_counts_an_attack_and_its_repeated_updates():
+    """16 inner passes and 4 updates of a forget row; a retain row sees the 4 updates alone."""
+    from expunge import Plan, Term
+    from expunge.cli.estimate import _passes
+    from expunge.parts import ascend, fit, latent, sam
+
+    plan = Plan(Term(ascend()), Term(fit(), "retain"), adversary=latent("1"))
+    assert (_passes(plan, "forget"), _passes(plan, "retain")) == (20, 4)
+    assert (_passes(plan.with_(adversary=sam()), "forget"), _passes(plan.with_(adversary=sam()), "retain")) == (2, 1)

@@ -100,12 +100,12 @@ def _cycled(count: int, batch: int, updates: int) -> int:
 
 def _passes(plan: Plan, split: str) -> float:
     """Forward-backward passes of one row of the split in one update."""
-    total = 1.0
     every: Any = plan.adversary if isinstance(plan.adversary, tuple) else (plan.adversary,)
+    total = float(max((a.repeats for a in every if a is not None), default=1))  # updates under one attack, of all splits
     for adversary in every:
         if adversary is None or adversary.on != split:
             continue
-        if isinstance(adversary, players.InputAttack):
+        if adversary.space in ("inputs", "latents"):
             total += adversary.steps
         elif isinstance(adversary, players.RandomSmoothing):
             total *= adversary.draws
