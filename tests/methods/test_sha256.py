@@ -67,3 +67,34 @@ def test_subjects_or_blocks_must_be_given():
     case = language_case(llama(2))
     with pytest.raises(UnmetNeed, match=r"'subject'.*blocks="):
         unlearn(case, "sha256", floor=None)
+
+
+def test_a_killed_run_goes_on_with_its_baseline_and_its_kept_epochs(tmp_path):
+    from expunge.engine import RunDirectory, execute
+    from expunge.methods import find
+
+    case = trained()
+    action = (
+        find("sha256")
+        .configure(blocks=(0, 1, 2), part="block", bound=2.0, lr=1e-2, epochs=4, batch_size=4)
+        .action(case)
+    )
+    whole = execute(action, case, seed=0)
+    calls = []
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+
+    with RunDirectory(tmp_path) as run, pytest.raises(Killed):
+        execute(action, case, seed=0, run=run, identity="x", checkpoint_steps=1, report=kill)
+    with RunDirectory(tmp_path) as run:
+        rest = execute(action, case, seed=0, run=run, identity="x", checkpoint_steps=1000)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True))
+    assert (
+        rest.trace.history == whole.trace.history and rest.notes["rewound_to_epoch"] == whole.notes["rewound_to_epoch"]
+    )
