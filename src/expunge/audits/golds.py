@@ -38,7 +38,7 @@ class Gold:
     """A reference and how it came to be. bound: of a certified residual (`bound`, `epsilon`, `delta`), when there is no
     model.
 
-    seconds: of training, 0.0 when it was read from the cache or given.
+    seconds: of training, also of a kept gold when it was made; 0.0 where it was given.
     """
 
     kind: str
@@ -209,7 +209,7 @@ def _trained(case: Case, split: Split, kind: str, seed: int, cache: str | os.Pat
     key = gold_key(case, split, kind, seed)
     file = None if cache is None else Path(cache) / f"{key}.safetensors"
     if file is not None and file.exists():
-        return Gold(kind, _load(case, file, seed), seed, 0.0, key, cached=True)
+        return Gold(kind, _load(case, file, seed), seed, _seconds(file), key, cached=True)
     from expunge import engine
 
     start = time.perf_counter()
@@ -222,7 +222,7 @@ def _trained(case: Case, split: Split, kind: str, seed: int, cache: str | os.Pat
 
         # Cloned because tied weights share memory, which safetensors refuses.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-        write_atomic(file, save(tensors))
+        write_atomic(file, save(tensors, metadata={"format": "pt", "seconds": f"{seconds:.3f}"}))
     return Gold(kind, model, seed, seconds, key)
 
 
@@ -239,6 +239,17 @@ def _load(case: Case, file: Path, seed: int) -> nn.Module:
             f"({str(error).splitlines()[0]}); delete this file and run again, and the gold is trained anew"
         ) from error
     return model.eval()
+
+
+def _seconds(file: Path) -> float:
+    """How long the kept gold took to train when it was made; 0.0 where its file does not say."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return float((opened.metadata() or {}).get("seconds", 0.0))
+    except Exception:  # a damaged file is told by whoever reads its weights
+        return 0.0
 
 
 def _settings(thing: Any) -> Any:

@@ -134,8 +134,9 @@ def residue(row: Measurement | None, base: Measurement | None) -> float | None:
 
 
 def _is_score(row: Measurement) -> bool:
-    """True for the task's forget score, as the audits spell it: by the check's name, or in the measurement's."""
-    return row.check == "forget_score" or row.name.startswith("forget_score")
+    """True for the task's forget score, as the audits spell it: by the check's name, or in the measurement's; a language
+    model's is the length-normalised probability."""
+    return row.check == "forget_score" or row.name.startswith("forget_score") or row.name == "probability_forget"
 
 
 def number_rows(verdict: VerdictRecord | None) -> list[tuple[str, str]]:
