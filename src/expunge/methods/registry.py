@@ -28,6 +28,8 @@ FAMILIES = ("exact", "tuned", "edited", "guarded", "protected")
 INTENTIONS = ("removal", "suppression", "training", "baseline")
 GUARANTEES = ("exact", "certified", "empirical")
 ANY_KIND = ("any",)
+FIXED_SIZE = ("classification", "regression")
+"""Kinds whose examples and answers are all of one size: what methods need that stack activations, or vectorise over examples."""
 
 
 def setting(description: str, **limits: Any) -> Any:
@@ -204,7 +206,17 @@ def method(
         if name in _METHODS and _METHODS[name].function.__module__ != function.__module__:
             raise BadSetting(f"expected a new method name, found '{name}' already registered; rename the function")
         _METHODS[name] = Method(
-            name, function, family, needs, kinds, intention, mechanism or family, guarantee, paper, contrib, learn,
+            name,
+            function,
+            family,
+            needs,
+            kinds,
+            intention,
+            mechanism or family,
+            guarantee,
+            paper,
+            contrib,
+            learn,
             rebuild,
         )
         return function

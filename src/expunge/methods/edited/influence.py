@@ -27,7 +27,7 @@ from torch import Tensor
 
 from expunge.engine.per_example import gradient_matrix
 from expunge.errors import UnmetNeed
-from expunge.methods.registry import method, setting
+from expunge.methods.registry import FIXED_SIZE, method, setting
 from expunge.parts.plan import Edit
 from expunge.seeds import generator
 from expunge.tasks.base import Batch, Output, PerExample, evaluating
@@ -94,7 +94,7 @@ def retain_gradients(bench: Workbench, samples: int, fisher: str, chunk: int = 6
 
 
 @method(
-    family="edited", needs=("retain", "labels"), intention="removal", mechanism="influence",
+    family="edited", needs=("retain", "labels"), kinds=FIXED_SIZE, intention="removal", mechanism="influence",
     paper="Koh and Liang, ICML 2017, 1703.04730; Jia et al., 2304.04934",
 )  # fmt: skip
 def influence(

@@ -11,14 +11,14 @@ is never the true one, as in the notebooks.
 
 from __future__ import annotations
 
-from expunge.methods.registry import method
+from expunge.methods.registry import FIXED_SIZE, method
 from expunge.methods.tuned.common import BatchSize, Epochs, Lr
 from expunge.parts.objectives import fit, relabel
 from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="relabel",
+    family="tuned", needs=("retain", "labels"), kinds=FIXED_SIZE, intention="suppression", mechanism="relabel",
     paper="Graves et al., AAAI 2021, 2010.10981",
 )  # fmt: skip
 def amnesiac_relabel(lr: Lr = 1e-4, epochs: Epochs = 3, batch_size: BatchSize = 128) -> Plan:

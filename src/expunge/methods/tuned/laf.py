@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from expunge.cases.case import Case
-from expunge.methods.registry import method, setting
+from expunge.methods.registry import FIXED_SIZE, method, setting
 from expunge.parts.architecture import representation, width
 from expunge.parts.objectives import fit
 from expunge.parts.objectives.density import VAE, align, atypical, reconstruct, typical
@@ -48,7 +48,9 @@ LrRepair = Annotated[float, setting("Adam's step size of the repair", gt=0)]
 PAPER = "Shen et al., ICLR 2024, 2404.00506"
 
 
-@method(family="tuned", needs=("retain",), intention="suppression", mechanism="representation", paper=PAPER)
+@method(
+    family="tuned", needs=("retain",), kinds=FIXED_SIZE, intention="suppression", mechanism="representation", paper=PAPER
+)  # fmt: skip
 def laf(
     case: Case, layer: Layer = None, epochs: Epochs = 20, lr_unlearn: LrUnlearn = 5e-5, lr_align: LrAlign = 1e-4,
     tau: Tau = 20.0, latent: Latent = 8, hidden: Hidden = (128, 32), decoder: Decoder = "identity",
@@ -76,7 +78,9 @@ def laf(
     return Plan(phases=(density("density_all", "train"), density("density_forget", "forget"), move))
 
 
-@method(family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="representation", paper=PAPER)
+@method(
+    family="tuned", needs=("retain", "labels"), kinds=FIXED_SIZE, intention="suppression", mechanism="representation", paper=PAPER
+)  # fmt: skip
 def laf_r(
     case: Case, layer: Layer = None, epochs: Epochs = 20, lr_unlearn: LrUnlearn = 5e-5, lr_align: LrAlign = 1e-4,
     tau: Tau = 20.0, latent: Latent = 8, hidden: Hidden = (128, 32), decoder: Decoder = "identity",

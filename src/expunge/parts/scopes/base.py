@@ -102,13 +102,10 @@ class LastLayers(Scope):
     count: int
 
     def select(self, workbench: Any) -> Mask:
-        owners = [name for name, m in workbench.model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-        chosen = tuple(f"{name}." if name else "" for name in owners[-self.count :])
-        mask: Mask = {}
-        for name, _ in workbench.model.named_parameters():
-            owner = name.rsplit(".", 1)[0] + "." if "." in name else ""
-            mask[name] = owner in chosen
-        return mask
+        owners = [m for m in workbench.model.modules() if any(True for _ in m.parameters(recurse=False))]
+        # by identity: a tied head's weight is named after the embedding
+        chosen = {id(p) for m in owners[-self.count :] for p in m.parameters(recurse=False)}
+        return {name: id(p) in chosen for name, p in workbench.model.named_parameters()}
 
     def __str__(self) -> str:
         return f"last({self.count})"
