@@ -80,6 +80,8 @@ CHECKS = [
     "benign_relearning", "relearning", "quantisation_8", "quantisation_4", "logit_lens", "prompt_templates",
 ]  # fmt: skip
 ATTACKS = ["benign_relearning", "relearning", "quantisation_8", "quantisation_4", "logit_lens", "prompt_templates"]
+MATCHED_CHECKS, MATCHED_ATTACKS = ["probability", "exact_memorisation", "privleak", "relearning"], ["relearning"]
+"""The triple alone: its verdict rests on relearning and membership."""
 BUDGET = Budget(steps=6, examples=0.1, learning_rate=5e-4, batch_size=16)
 """Relearning as on the attacks card: a few updates at 5e-4 on 6 of the 60 forgotten rows; more updates harm `retrained` as well."""
 
@@ -115,16 +117,17 @@ def one(label: str, seed: int, auditor: Auditor, folder: Path, level: float | No
     return results
 
 
-def auditor_of(seed: int) -> Auditor:
+def auditor_of(seed: int, kind: str) -> Auditor:
     testbed = nano_tofu(seed)
-    return Auditor(testbed.case, seed=seed, cache=testbed.cache, checks=CHECKS, attacks=ATTACKS, budget=BUDGET)
+    checks, attacks = (CHECKS, ATTACKS) if kind == "fixed" else (MATCHED_CHECKS, MATCHED_ATTACKS)
+    return Auditor(testbed.case, seed=seed, cache=testbed.cache, checks=checks, attacks=attacks, budget=BUDGET)
 
 
 def table(kind: str, seeds: Sequence[int], labels: Sequence[str], folder: Path) -> Comparison:
     """All rows and seeds of one table."""
     found = []
     for seed in seeds:
-        auditor = auditor_of(seed)
+        auditor = auditor_of(seed, kind)
         for label in labels:
             began = time.perf_counter()
             found.append(one(label, seed, auditor, folder / kind, LEVEL if kind == "matched" else None))
@@ -184,7 +187,7 @@ NOTES = {
     "linear decay, clip 1; rows that differ say so in their settings. Not ranked by forget quality: grad_diff-like rows reach it "
     "while the model is destroyed.",
     "matched": f"Each method stopped where the mean forget probability first reaches {LEVEL}. At the first crossing the shortest "
-    "path dominates; read it beside the fixed budget.",
+    "path dominates; read it beside the fixed budget. Verdicts rest on relearning and membership alone.",
     "sam": "Relearning on 12 forget rows (AdamW 1e-4, batches of 4, 24 updates), scored on the other 48.",
 }
 
