@@ -142,11 +142,3 @@ def answer_states(h: Tensor, batch: Batch) -> Tensor:
 def lens_output(parts: Decoder, h: Tensor, batch: Batch) -> Output:
     """What the lens says at the answer's places, as the task's own `Output`: every score of the task can read it."""
     return Output(parts.lens(answer_states(h, batch)))
-
-
-def linear_cka(a: Tensor, b: Tensor) -> float:
-    """Linear CKA of two activations (n, d), (n, e): 1 for equal up to rotation and scale (Kornblith et al., 2019)."""
-    a, b = (x.double() - x.double().mean(0) for x in (a, b))
-    cross = torch.linalg.matrix_norm(a.T @ b) ** 2
-    own = torch.linalg.matrix_norm(a.T @ a) * torch.linalg.matrix_norm(b.T @ b)
-    return float(cross / own) if float(own) > 0 else 1.0
