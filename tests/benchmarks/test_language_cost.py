@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from expunge.benchmarks.language_cost import SIZES, llama, logits_rows, ours, per_step, rows
+from expunge.benchmarks.language_cost import SIZES, llama, ours, per_step, rows
 from expunge.benchmarks.peer import Rows, peer_modules
 from expunge.errors import BadSetting
 
@@ -30,9 +30,3 @@ def test_the_peer_gets_the_same_rows():
     data = rows(SIZES["tiny"])
     item, batch = Rows(data, [3])[0], data.fetch(torch.tensor([3]))
     assert torch.equal(item["input_ids"], batch["input_ids"][0]) and torch.equal(item["labels"], batch["labels"][0])
-
-
-def test_pieces_hold_less_than_all_logits():
-    """A small case of the bench, where imports weigh most: only what the model does not hold by itself is compared."""
-    row = logits_rows(vocabulary=65536, length=192)[0]
-    assert row["ratio, net of the model"] < 0.75
