@@ -61,7 +61,7 @@ FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     "flat, jensen-shannon": ("flat", {"lr": 1e-4, "divergence": "jensen_shannon"}),
     "flat, pearson": ("flat", {"lr": 1e-4, "divergence": "pearson"}),
     "loku": ("loku", {"rank": 8}),
-    "sha256": ("sha256", {"lr": 1e-3, "top": 2}),
+    "sha256": ("sha256", {"lr": 1e-3, "blocks": (0, 1)}),
     "npo, for sam": ("npo", {"beta": 0.05, **SLOW}),
     "smooth_npo, sam": ("smooth_npo", {"smoother": "sam", "rho": 0.05, "beta": 0.05, **SLOW}),
     "lat": ("lat", {"steps": 8, "repeats": 1}),

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from expunge.engine.distribution import Distribution, complete, fitted
+from expunge.engine.distribution import Distribution
+from expunge.engine.gradients import Gradients, let_go, run_anew, seed_draws
 from expunge.engine.measured import Curves, Measured, of_original
 from expunge.engine.optimizer import MaskedOptimizer
 from expunge.engine.rhythm import Update, updates_of
@@ -165,6 +166,7 @@ class Phase:
                     f"expected {adversary} to attack a split that the plan has terms on ({', '.join(plan.splits)}), found "
                     f"'{adversary.on}'; pass on=..."
                 )
+        self.gradients = Gradients(plan, self.adversaries, self.distribution, workbench.device, self._value)
         self.splits = self._splits()
         self.labels = _labels(plan.terms)
         self.active_of: tuple[int, list[int]] = (-1, [])
@@ -377,8 +379,9 @@ class Phase:
     def _one(self, update: Update, updates_per_epoch: int) -> Halt | None:
         epoch, entry = self.position.epoch, {}
         self._measure.clear()
-        self.draws = derive(self.seed, "step", epoch, self.position.update)
-        _seed_draws(self.draws, self.bench.device)
+        place = epoch, self.position.update
+        draws = derive(self.seed, "step", *place)
+        seed_draws(draws, self.bench.device)
         share = {n: len(ids) for n, ids in update.items()}
         weights = self.distribution.local_weights(share)
         local = {n: self.distribution.mine(ids) for n, ids in update.items()}
@@ -394,12 +397,20 @@ class Phase:
             for repeat in range(self.repeats):  # one attack, several updates
                 if repeat:
                     optimizer.zero_grad()
-                    used, steps = steps, _again(steps)
-                    _let_go(used)
-                losses = self._gradients(chosen, steps, optimizer, weights, factor)
+                    used, steps = steps, run_anew(steps)
+                    let_go(used)
+                losses = self.gradients.put(
+                    chosen,
+                    steps,
+                    optimizer.parameters,
+                    weights,
+                    factor,
+                    draws,
+                    partial(generator, self.seed, "adversary", *place),
+                )
                 optimizer.epoch = epoch
                 optimizer.step()
-            _let_go(steps)
+            let_go(steps)
             if self.plan.proximal is not None:
                 progress = (epoch + (self.position.update + 1) / updates_per_epoch) / self.plan.epochs
                 self.plan.proximal.apply(optimizer.parameters, self.anchors[number], progress)
@@ -485,82 +496,6 @@ class Phase:
 
             steps[adversary.on] = adversary.attack(steps[adversary.on], harm)
 
-    def _gradients(
-        self, chosen: list[int], steps: dict[str, Step], optimizer: MaskedOptimizer, weights: dict[str, float],
-        factor: dict[int, float],
-    ) -> dict[int, float]:  # fmt: skip
-        """Put one gradient into every parameter's `.grad`; return each term's mean loss (before its weight)."""
-        terms, parameters = self.plan.terms, optimizer.parameters
-        losses: dict[int, float] = {}
-        hard = [a for a in self.adversaries if a.space == "weights"]
-        with self.distribution.autocast():
-            if not hard and self.plan.balance is None:
-                total: Tensor | None = None
-                means = {}
-                for i in chosen:
-                    means[i] = self._value(i, steps[terms[i].on]).mean()
-                    weighted = means[i] if factor[i] == 1.0 else factor[i] * means[i]
-                    total = weighted if total is None else total + weighted
-                if total is not None and parameters:
-                    if total.requires_grad:
-                        total.backward()
-                    self.distribution.reduce([p.grad for p in parameters if p.grad is not None])
-                return {i: self.distribution.mean(float(m.detach()), weights[terms[i].on]) for i, m in means.items()}
-
-            def take(which: list[int], again: bool) -> list[Tensor]:
-                fresh = _again(steps) if again else steps
-                if again:  # the same dropout in every pass of an adversary
-                    _seed_draws(self.draws, self.bench.device)
-                value: Any = 0.0
-                for i in which:
-                    mean = self._value(i, fresh[terms[i].on]).mean()
-                    losses.setdefault(i, self.distribution.mean(float(mean.detach()), weights[terms[i].on]))
-                    value = value + factor[i] * mean
-                if not parameters or not isinstance(value, Tensor) or not value.requires_grad:
-                    return [torch.zeros_like(p) for p in parameters]
-                found = self.distribution.gradients(value, parameters, retain_graph=not again)
-                if again:
-                    _let_go(fresh)
-                gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-                self.distribution.reduce(gradients)
-                return gradients
-
-            groups = self._groups(chosen)
-            rows_of: list[list[Tensor]] = []
-            for which in groups:
-                on = terms[which[0]].on
-                attackers = [a for a in hard if a.on == on]
-                if len(attackers) > 1:
-                    raise BadSetting(
-                        f"expected one weight-space adversary for '{on}', found {', '.join(map(str, attackers))}; keep one"
-                    )
-                if attackers:
-                    rng = generator(self.seed, "adversary", self.position.epoch, self.position.update)
-                    rows_of.append(attackers[0].gradient(partial(take, which, True), list(parameters), rng))
-                else:
-                    rows_of.append(take(which, False))
-            if self.plan.balance is None:
-                combined = [sum(parts) for parts in zip(*rows_of, strict=True)]
-            else:
-                matrix = torch.stack([torch.cat([complete(g).reshape(-1) for g in row]) for row in rows_of])
-                flat = self.plan.balance.combine(matrix, [terms[w[0]].on for w in groups])
-                combined, start = [], 0
-                for p in parameters:
-                    combined.append(fitted(flat[start : start + p.numel()].view(p.shape), p))
-                    start += p.numel()
-            for p, g in zip(parameters, combined, strict=True):
-                p.grad = g.detach() if isinstance(g, Tensor) else torch.zeros_like(p)
-        return losses
-
-    def _groups(self, chosen: list[int]) -> list[list[int]]:
-        """With a balance every term is a task of its own; without, the terms of one split share a backward pass."""
-        if self.plan.balance is not None:
-            return [[i] for i in chosen]
-        by_split: dict[str, list[int]] = {}
-        for i in chosen:
-            by_split.setdefault(self.plan.terms[i].on, []).append(i)
-        return list(by_split.values())
-
     # -- silence is never success ----------------------------------------------------------------------------------
     def _note_term(self, i: int, value: float) -> None:
         label = self.labels[i]
@@ -582,31 +517,6 @@ def _labels(terms: tuple[Term, ...]) -> list[str]:
         label = f"{term.objective}[{term.on}]"
         labels.append(label if label not in labels else f"{label}#{len(labels)}")
     return labels
-
-
-def _seed_draws(seed: int, device: torch.device) -> None:
-    """`torch.manual_seed` for the device in use: before CUDA is initialised that function formats a stack trace at every call,
-    which costs more than an update of a small network."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
-def _again(steps: dict[str, Step]) -> dict[str, Step]:
-    """The same batches and draws, to be run anew."""
-    fresh = {n: s.again() for n, s in steps.items()}
-    for step in fresh.values():
-        step.peers = fresh
-    return fresh
-
-
-def _let_go(steps: dict[str, Step]) -> None:
-    """Steps know each other; without this their batches and outputs would stay in memory until Python looks for cycles."""
-    for step in steps.values():
-        for one in (step, step.clean):
-            if one is not None:
-                one.peers, one.joint = {}, None
 
 
 def _auxiliary(plan: Plan, workbench: Workbench) -> nn.Module:
