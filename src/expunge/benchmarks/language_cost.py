@@ -5,8 +5,8 @@
 
 time: seconds of processor time per step (median of a run's steps after the first two), both sides in turns in one process, the
 ratio of each round, and their median. Goals: NPO <= 0.80, GradDiff <= 1.00.
-memory: the peak of a process of its own, least of `--repeats`; "net" is without what an idle process holds that has imported
-the same and built the same model. Goals, net: NPO <= 0.80, with adapters <= 0.45, GradDiff <= 1.00.
+memory: the peak of a process of its own, least of `--repeats`; "net" is without what an idle process holds that has
+imported the same. Goals, net: NPO <= 0.80, with adapters <= 0.45, GradDiff <= 1.00.
 logits: loss and gradient of 4 x 1024 tokens over a vocabulary of 131,072, by transformers' own loss and in pieces. Goal, whole
 process: <= 0.25.
 
@@ -204,9 +204,9 @@ def work(what: list[str], given: Any) -> dict[str, float]:
         logits(what[1], given.vocabulary, given.length)
     elif what[0] == "idle":
         import peft  # noqa: F401 (what the others import)
-        from transformers import Trainer  # noqa: F401
+        from transformers import LlamaForCausalLM, Trainer  # noqa: F401
 
-        llama(size)
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     elif what[0] == "theirs":
         theirs(what[1], size, llama(size), given.steps, given.peer)
     else:

@@ -35,7 +35,7 @@ from expunge.parts.adversaries import Adversary
 from expunge.parts.plan import Auxiliary, Plan, Term
 from expunge.parts.references import collect_needs
 from expunge.parts.schedules import Feedback
-from expunge.parts.scopes.base import Everything
+from expunge.parts.scopes.base import Everything, Scope
 from expunge.parts.step import Joint, Step
 from expunge.parts.stops import Divergence, Halt, Progress, Stop
 from expunge.seeds import derive, generator
@@ -230,7 +230,9 @@ class Phase:
         needs = collect_needs(self.terms)
         bench.references.fresh_inputs = any(s.augment is not None for s in self.splits.values())
         with self.distribution.autocast():
-            bench.references.prepare(needs, self.splits)
+            # before the first step the working copy still is the original: nothing else need be read
+            same = self.number == 0 and type(scope).enter is Scope.enter and self.trained_name == "model"
+            bench.references.prepare(needs, self.splits, original=self.network if same else None)
         # A rollback needs a state to go back to; the case's own model is that, unless adapters have changed the keys.
         self.start = None if _shapes(self.trained) == _shapes(bench.case.model) else self._snapshot()
         self.trained = self.distribution.shard(self.trained)

@@ -50,6 +50,7 @@ class References:
     scalars: Scalars | None = None
     _models: dict[str, nn.Module] = field(default_factory=dict)
     _lent: dict[str, nn.Module] = field(default_factory=dict)
+    _standing: nn.Module | None = None
     _losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     _likelihoods: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     _outputs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -89,11 +90,15 @@ class References:
             with self.running(name) as model:
                 yield model
             return
-        source = self._source(name)
+        source = self._at_rest(name)
         with evaluating(
             source if _device(source) == torch.device(self.device) else frozen_copy(source).to(self.device)
         ) as model:
             yield model
+
+    def _at_rest(self, name: str) -> nn.Module:
+        """The module behind a name while the caches are filled."""
+        return self._standing if name == "original" and self._standing is not None else self._source(name)
 
     def _source(self, name: str) -> nn.Module:
         """The module behind a name, not copied."""
@@ -111,9 +116,12 @@ class References:
         self._models[name] = model.eval().requires_grad_(False)
 
     def prepare(
-        self, needs: Mapping[str, Mapping[str, set[str]]], splits: Mapping[str, Split], batch_size: int = 512
-    ) -> None:
-        """Fill the caches. needs: reference name -> split name -> {"loss", "log_likelihood", "output", "features"}."""
+        self, needs: Mapping[str, Mapping[str, set[str]]], splits: Mapping[str, Split], batch_size: int = 512,
+        original: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        """Fill the caches. needs: reference name -> split name -> {"loss", "log_likelihood", "output", "features"}.
+        original: a network that still is the original, to be asked instead."""
+        self._standing = original
         if self.task.stochastic or self.fresh_inputs:
             return
         for name, by_split in needs.items():
@@ -124,10 +132,11 @@ class References:
                 if key in self._losses and ("output" not in wanted or key in self._outputs):
                     continue
                 self._fill(key, split, wanted, batch_size)
+        self._standing = None
 
     def _fill(self, key: tuple[str, str], split: Split, wanted: set[str], batch_size: int) -> None:
         store = None if key[0] in self._lent else self.scalars  # a lent network's weights are not the reference's alone
-        mark = store.mark(self._source(key[0]), split, self.task) if store is not None else ""
+        mark = store.mark(self._at_rest(key[0]), split, self.task) if store is not None else ""
         found = store.read(mark) if store is not None else None
         if found is None or ("output" in wanted and "output" not in found and not self.task.ragged):
             found = self._run(key[0], split, wanted, batch_size)
