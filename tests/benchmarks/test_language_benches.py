@@ -76,7 +76,13 @@ def test_forgotten_samples_are_shown_only_when_asked_for(brief):
 
 def test_muse_from_command_to_table(brief):
     out = brief / "muse"
-    shown = command("bench", "muse", "--methods", "grad_diff:epochs=1", "--no-attacks", "--out", str(out))
+    shown = command(
+        "bench", "muse", "--methods", "grad_diff:epochs=1", "--no-attacks", "--folds", "2", "--out", str(out)
+    )
+    assert (
+        "sustainability" in shown
+        and len(json.loads((out / "scaling.json").read_text())["grad_diff"]["scalability"]) == 2
+    )
     assert "PrivLeak" in shown and "KnowMem r" in shown
 
 

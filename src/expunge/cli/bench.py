@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
+from rich.table import Table
 
 from expunge.cases import Case
 from expunge.cli import show
@@ -18,7 +19,7 @@ KNOWN = ("tofu", "muse")
 
 def bench(
     which: str, methods: str, *, split: str, seeds: str, model: str | None, retrained: str | None, second: str | None,
-    forget: Path | None, retain: Path | None, attacks: bool, samples: int, show_forgotten: bool, workers: int, out: Path | None,
+    forget: Path | None, retain: Path | None, folds: int, attacks: bool, samples: int, show_forgotten: bool, workers: int, out: Path | None,
 ) -> None:  # fmt: skip
     """Run it, print its table, and say where the report is."""
     from expunge.records.terminal import comparison_table
@@ -47,8 +48,13 @@ def bench(
             own = {"forget": forget, "retain": retain, "model": model, "retrained": retrained, "second": second}
             comparison = muse.run(chosen, numbers, report=report, **own, **shared)
             case = lambda: muse.the_case(forget, retain, model)(numbers[0])  # noqa: E731
+        grown = (
+            _scaling(folder, case(), chosen, folds, numbers[0], model is None) if which == "muse" and folds else None
+        )
         page = _samples(folder, case(), numbers[0], samples, show_forgotten) if samples else None
     show.out().print(comparison_table(comparison))
+    if grown is not None:
+        show.out().print(grown)
     show.out().print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
     if page is not None:
         show.out().print(f"samples: {escape(str(page))}", soft_wrap=True)
@@ -63,3 +69,25 @@ def _samples(folder: Path, case: Case, seed: int, count: int, show_forgotten: bo
     for run in sorted(folder.glob(f"*/seed{seed}/model")):
         models[run.parent.parent.name] = load_model(run)
     return write_samples(folder / "samples.html", case, models, count, show_forgotten=show_forgotten, seed=seed)
+
+
+def _scaling(
+    folder: Path, case: Case, methods: list[tuple[str, dict[str, Any]]], folds: int, seed: int, embedded: bool
+) -> Table:
+    """MUSE's scalability and sustainability of every method as one table, and as scaling.json in the folder."""
+    import json
+
+    from expunge.benchmarks import muse, tofu
+    from expunge.files import write_atomic
+
+    table = Table(
+        "method", "", "after", "P forget", "P retain", title=f"{case.name}: {folds} folds", title_justify="left"
+    )
+    found = {}
+    for name, settings in tofu.configured(methods, tofu.NANO_SETTINGS if embedded else {}):
+        found[name] = muse.scaling(case, name, settings, seed, folds)
+        for what, rows in found[name].items():
+            for row in rows:
+                table.add_row(name, what, f"{row['step']:.0f}", f"{row['forget']:.3f}", f"{row['retain']:.3f}")
+    write_atomic(folder / "scaling.json", json.dumps(found, indent=1) + "\n")
+    return table

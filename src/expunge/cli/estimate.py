@@ -101,7 +101,9 @@ def _cycled(count: int, batch: int, updates: int) -> int:
 def _passes(plan: Plan, split: str) -> float:
     """Forward-backward passes of one row of the split in one update."""
     every: Any = plan.adversary if isinstance(plan.adversary, tuple) else (plan.adversary,)
-    total = float(max((a.repeats for a in every if a is not None), default=1))  # updates under one attack, of all splits
+    total = float(
+        max((a.repeats for a in every if a is not None), default=1)
+    )  # updates under one attack, of all splits
     for adversary in every:
         if adversary is None or adversary.on != split:
             continue

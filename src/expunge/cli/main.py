@@ -215,6 +215,9 @@ def bench(
     second: Annotated[str | None, typer.Option(help="folder of another seed of it, the noise floor")] = None,
     forget: Annotated[Path | None, typer.Option(help="muse: folder of texts to forget")] = None,
     retain: Annotated[Path | None, typer.Option(help="muse: folder of texts to keep")] = None,
+    folds: Annotated[
+        int, typer.Option(min=0, max=4, help="muse: scalability and sustainability over so many folds")
+    ] = 0,
     attacks: Annotated[bool, typer.Option("--attacks/--no-attacks", help="the whole battery, and a verdict")] = True,
     samples: Annotated[int, typer.Option(min=0, help="sample answers to kept questions, side by side")] = 0,
     show_forgotten: Annotated[
@@ -228,7 +231,7 @@ def bench(
 
     benches.bench(
         which, methods, split=split, seeds=seeds, model=model, retrained=retrained, second=second, forget=forget, retain=retain,
-        attacks=attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
+        folds=folds, attacks=attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
     )  # fmt: skip
 
 
