@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, int, int], None]
 
-EXPENSIVE = ("ain", "relearn_time", "extraction_likelihood", "prompt_generation", "worst_of_n", "odd_answers")
+EXPENSIVE = (
+    "ain", "relearn_time", "extraction_likelihood", "prompt_generation", "worst_of_n", "odd_answers", "lm_eval",
+)  # fmt: skip
 """Checks that train further models or write many answers; asked for by name, or run by a profile."""
 
 
