@@ -95,7 +95,7 @@ def test_grad_ascent_climbs_and_a_cap_ends_the_pull():
 
 def test_grad_ascent_can_stop_at_holdout():
     t = toy("class")
-    outcome = unlearn(t.case, "grad_ascent", lr=0.005, epochs=30, batch_size=64, stop="holdout")
+    outcome = unlearn(t.case, "grad_ascent", lr=0.005, epochs=30, batch_size=64, until="holdout")
     assert "reached holdout" in outcome.record["ended"]
     losses = [t.measure(outcome.model, s)["loss"] for s in ("forget", "holdout")]
     assert losses[0] >= losses[1] and losses[0] < 3  # stopped in time, not run away

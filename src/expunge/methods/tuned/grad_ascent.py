@@ -5,7 +5,7 @@ Baseline of nearly every paper (Thudi et al., "Unrolling SGD", https://arxiv.org
     theta <- theta + lr * grad mean loss(D_f)
 
 The loss has no upper bound, so the plain rule ends in collapse. Departure: three ways to bound it, all off by
-default: `cap` (nats beyond which a row pulls no more), `clip` (gradient norm), `stop="holdout"` (end when the forget
+default: `cap` (nats beyond which a row pulls no more), `clip` (gradient norm), `until="holdout"` (end when the forget
 rows are known no better than unseen ones). Defaults are those of the SalUn and Unlearn-Sparse code: 5 epochs at 1e-4.
 On language models the framework's are optimizer="adamw", lr=1e-5, 10 epochs, batch_size=32, clip=1, warmup=1,
 schedule="linear", and the mean over tokens (`average`).
@@ -45,7 +45,7 @@ def grad_ascent(
         float | None, setting("loss in nats beyond which a row pulls no more; none: unbounded", gt=0)
     ] = None,
     clip: Clip = None,
-    stop: Annotated[Literal["never", "holdout"], setting("end early when the forget loss reaches holdout's")] = "never",
+    until: Annotated[Literal["never", "holdout"], setting("end early when the forget loss reaches holdout's")] = "never",
     optimizer: OptimizerName = "sgd",
     weight_decay: WeightDecay = 0.0,
     schedule: Schedule = "constant",
@@ -60,5 +60,5 @@ def grad_ascent(
             schedule=schedule, warmup=min(warmup / epochs, 1.0),
         ),
         epochs=epochs, batch_size=batch_size,
-        stop=forget_reaches_holdout() if stop == "holdout" else None,
+        stop=forget_reaches_holdout() if until == "holdout" else None,
     )  # fmt: skip
