@@ -132,3 +132,21 @@ def test_the_ledger_knows_request_run_and_lineage(auditor, tmp_path):
 def test_without_attacks_nothing_is_called_removed():
     auditor = Auditor(toy("class").case, attacks=False, checks=["ua"])
     assert auditor.audit(unlearn(auditor.case, "retrain")).verdict.verdict == "inconclusive"
+
+
+@pytest.mark.parametrize("name", ["gold", "floor"])
+def test_a_reference_that_does_not_fit_the_rows_is_refused_before_any_compute(name):
+    from expunge.errors import BadModel
+    from toys import mlp, tiny_llama
+
+    digits, words = toy("class"), toy("language")
+    cases = [
+        (digits, mlp(64, (8,), 7)),
+        (digits, mlp(30, (8,), 10)),
+        (words, tiny_llama(500, width=16)),
+        (words, tiny_llama(20, 16)),
+    ]
+    for t, foreign in cases:
+        given = {"gold": t.retrained, "floor": t.retrained, name: foreign}
+        with pytest.raises(BadModel, match=f"expected as {name} a model of the same kind"):
+            Auditor(t.case, **given)

@@ -27,10 +27,11 @@ from expunge.audits.subjects import Subjects
 from expunge.audits.verdict import Thresholds, Verdict
 from expunge.cases.case import Case
 from expunge.engine.rundir import machine, save_model, versions
-from expunge.errors import BadSetting
+from expunge.errors import BadModel, BadSetting
 from expunge.files import write_atomic
 from expunge.records.canonical import digest_ids, plain
 from expunge.records.results import Results
+from expunge.tasks.base import evaluating, move_to_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -187,6 +188,10 @@ class Auditor:
         self._attacked: dict[Any, Any] = {}
 
     def _golds(self, gold: Any, floor: Any, settings: dict[str, Any], cache: Any) -> tuple[Gold, Gold | None]:
+        for name, given in (("gold", gold), ("floor", floor)):
+            model = given.model if isinstance(given, Gold) else given
+            if isinstance(model, nn.Module):
+                self._fits(name, model)
         if isinstance(gold, str):
             self._tell("retraining the gold", 0, 2)
             first = make_gold(gold, self.case, self.seed + 1001, cache, **settings)
@@ -197,6 +202,26 @@ class Auditor:
                 second = make_gold(gold, self.case, self.seed + 1002, cache, **settings)
             return first, _as_gold(second)
         return _as_gold(gold), _as_gold(floor)  # type: ignore[return-value]
+
+    def _fits(self, name: str, model: nn.Module) -> None:
+        """A given reference must answer the case's rows as the original does: the same outputs, one by one."""
+        task, batch = self.case.task, self.case.data.fetch(self.case.data.telling_rows())
+        problems = task.problems(model, batch)
+        if not problems:
+            here, there = (self._shape(m) for m in (self.case.model, model))
+            problems = [] if here == there else [f"expected outputs of shape {here} for a row, found {there}"]
+        if problems:
+            raise BadModel(
+                f"expected as {name} a model of the same kind as the case's, found one that does not fit its rows: "
+                + "; ".join(problems)
+                + "; give a model retrained from the same architecture and vocabulary"
+            )
+
+    def _shape(self, model: nn.Module) -> tuple[int, ...]:
+        """What a model says about one row."""
+        with evaluating(model):
+            batch = move_to_model(self.case.data.fetch(self.case.data.telling_rows()), model)
+            return tuple(self.case.task.forward(model, batch).prediction.shape[1:])
 
     def subjects(self, unlearned: nn.Module) -> Subjects:
         """The compared models; passes of all but the unlearned one are shared between audits."""

@@ -18,7 +18,7 @@ def sample_answers(
     case: Case, models: Mapping[str, nn.Module], split: str, count: int, seed: int = 0, new_tokens: int = 60
 ) -> list[dict[str, Any]]:
     """`count` rows of a split, drawn by the seed: {question, answers: [the true one, then each model's greedy answer]}."""
-    data = case.split(split).data
+    data: Any = case.split(split).data
     if case.task.name != "language" or not hasattr(data, "prompt_ids"):
         raise UnmetNeed(f"expected a language case to show answers of, found {case.task.name}; samples are texts")
     rows = case.split(split).sample(count, generator(seed, "samples", split)).ids
@@ -58,8 +58,6 @@ def write_samples(
     ]
     subtitle = f"{count} rows of each split shown, drawn by seed {seed}; greedy answers"
     page = (
-        templates()
-        .get_template("samples.html")
-        .render(title=f"Answers on {case.name}", subtitle=subtitle, parts=parts)
+        templates().get_template("samples.html").render(title=f"Answers on {case.name}", subtitle=subtitle, parts=parts)
     )
     return write_atomic(Path(path), page)
