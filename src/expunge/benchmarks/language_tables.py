@@ -135,22 +135,22 @@ def table(kind: str, seeds: Sequence[int], labels: Sequence[str], folder: Path) 
     return Comparison.of(found, command=f"python -m expunge.benchmarks.language_tables {kind}")
 
 
-def sam(seeds: Sequence[int] = range(5)) -> str:
-    """NPO (beta 0.05, 160 updates) with and without SAM (rho 0.05) on forget, then relearned: markdown with a sign test.
+def sam(seeds: Sequence[int] = range(5)) -> tuple[str, str]:
+    """NPO (beta 0.05, 160 updates) with and without SAM (rho 0.05) on forget, then relearned: a table and its sign test.
 
     Originals of seeds 0, 1, 2, 0, 1; five seeds of unlearning and relearning.
     """
     from scipy.stats import binomtest
 
     budget = Budget(steps=24, examples=0.2, learning_rate=1e-4, batch_size=4)
-    lines = ["| seed | arm | P forget | P retain | relearned |", "|---|---|---|---|---|"]
+    lines = ["| model | P forget | P retain | relearned |", "|---|---|---|---|"]
     wins, pairs = 0, []
     for seed in seeds:
         testbed = nano_tofu(seed % 3)
         case = testbed.case
         attack = [a for a in _relearning() if a.name == "relearning"][0]
         golds = attack.scores(testbed.retrained.model, case, budget, seed)  # type: ignore[arg-type]
-        lines.append(f"| {seed} | retrained | {_p(case, testbed.retrained.model, 'forget')} | "
+        lines.append(f"| seed {seed}, retrained | {_p(case, testbed.retrained.model, 'forget')} | "
                      f"{_p(case, testbed.retrained.model, 'retain')} | {golds.mean():.3f} |")  # fmt: skip
         back = {}
         for label in ("npo, for sam", "smooth_npo, sam"):
@@ -159,17 +159,15 @@ def sam(seeds: Sequence[int] = range(5)) -> str:
             back[label] = float(attack.scores(model, case, budget, seed).mean())
             arm = "npo" if name == "npo" else "npo + sam"
             lines.append(
-                f"| {seed} | {arm} | {_p(case, model, 'forget')} | {_p(case, model, 'retain')} | {back[label]:.3f} |"
+                f"| seed {seed}, {arm} | {_p(case, model, 'forget')} | {_p(case, model, 'retain')} | {back[label]:.3f} |"
             )
         wins += back["smooth_npo, sam"] < back["npo, for sam"]
         pairs.append((back["npo, for sam"], back["smooth_npo, sam"]))
         print(f"sam seed {seed}: {pairs[-1]}", file=sys.stderr, flush=True)
     ratio = float(np.mean([b / a for a, b in pairs]))
     p = binomtest(wins, len(pairs), alternative="greater").pvalue
-    lines.append(
-        f"\nSAM came back less in {wins} of {len(pairs)} seeds (sign test p = {p:.3g}); mean ratio {ratio:.2f}.\n"
-    )
-    return "\n".join(lines)
+    said = f"SAM came back less in {wins} of {len(pairs)} seeds (sign test p = {p:.3g}); mean ratio {ratio:.2f}."
+    return "\n".join(lines) + "\n", said
 
 
 def _relearning() -> Any:
@@ -203,8 +201,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run-only", action="store_true", help="keep the runs, write no table")
     chosen = parser.parse_args(arguments)
     began = time.perf_counter()
+    note = NOTES[chosen.kind]
     if chosen.kind == "sam":
-        body = sam()
+        body, said = sam()
+        note = f"{note} {said}"
     else:
         labels = [x.strip() for x in chosen.only.split(";") if x.strip()] or [
             label for label, (name, _) in FIXED.items() if chosen.kind == "fixed" or name not in UNLIMITED
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     out = Path("benchmarks-results/language.md")
     made = f"`python -m expunge.benchmarks.language_tables {chosen.kind}` in {time.perf_counter() - began:.0f} s"
-    section = table_file.Section.of(NOTES[chosen.kind], body, made)
+    section = table_file.Section.of(note, body, made)
     old = out.read_text("utf-8") if out.exists() else ""
     sections = table_file.merge(old, {chosen.kind: section}, False, {})
     write_atomic(out, table_file.write(heading("language: nano-TOFU"), sections))
