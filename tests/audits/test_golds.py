@@ -44,7 +44,12 @@ def test_retrain_never_sees_the_forget_rows_and_follows_its_seed():
 def test_the_cache_gives_the_same_tensors_and_knows_what_changed(tmp_path):
     first = make_gold("retrain", case(), cache=tmp_path)
     again = make_gold("retrain", case(), cache=tmp_path)
-    assert not first.cached and again.cached and again.seconds == pytest.approx(first.seconds, abs=1e-3) and same(first.model, again.model)
+    assert (
+        not first.cached
+        and again.cached
+        and again.seconds == pytest.approx(first.seconds, abs=1e-3)
+        and same(first.model, again.model)
+    )
     changed = case()
     changed.data.columns["labels"][30] = (changed.data.columns["labels"][30] + 1) % 4
     wider = Case(nn.Linear(4, 5), case().data, samples(range(10)), recipe=RECIPE)

@@ -124,9 +124,7 @@ def test_a_limit_takes_the_first_questions_and_the_model_stays_as_it_was(folder)
 @installed
 def test_one_clear_error_each_before_any_model_runs(folder, monkeypatch):
     check = checks()["lm_eval"]
-    real = __import__(
-        "lm_eval.tasks"
-    ).tasks.TaskManager  # without the harness's own thousands of files
+    real = __import__("lm_eval.tasks").tasks.TaskManager  # without the harness's own thousands of files
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **given: real(**(given | {"include_defaults": False})))
     with pytest.raises(BadSetting, match="found 'toy_fact'. Did you mean 'toy_facts'"):
         check(subjects(), tasks=("toy_fact",), include_path=str(folder))

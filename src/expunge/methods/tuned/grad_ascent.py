@@ -45,7 +45,9 @@ def grad_ascent(
         float | None, setting("loss in nats beyond which a row pulls no more; none: unbounded", gt=0)
     ] = None,
     clip: Clip = None,
-    until: Annotated[Literal["never", "holdout"], setting("end early when the forget loss reaches holdout's")] = "never",
+    until: Annotated[
+        Literal["never", "holdout"], setting("end early when the forget loss reaches holdout's")
+    ] = "never",
     optimizer: OptimizerName = "sgd",
     weight_decay: WeightDecay = 0.0,
     schedule: Schedule = "constant",
