@@ -213,7 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.run_only:
         return
     out = Path("benchmarks-results/language.md")
-    made = f"`python -m expunge.benchmarks.language_tables {chosen.kind}` in {time.perf_counter() - began:.0f} s"
+    told = f"{chosen.kind} --only '{chosen.only}'" if chosen.only else chosen.kind
+    made = f"`python -m expunge.benchmarks.language_tables {told}` in {time.perf_counter() - began:.0f} s"
     section = table_file.Section.of(note, body, made)
     old = out.read_text("utf-8") if out.exists() else ""
     sections = table_file.merge(old, {chosen.kind: section}, False, {})
