@@ -31,6 +31,9 @@ test: .venv/.installed ## lint, format, types, floors, tests
 	.venv/bin/lint-imports
 	$(ONE_THREAD) $(RUN) -m pytest -n 2
 
+test-shards: .venv/.installed ## FSDP2 on two processes (a quiet machine)
+	EXPUNGE_TEST_SHARDS=1 $(ONE_THREAD) $(RUN) -m pytest tests/engine/test_distribution.py
+
 bench: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## every measured table
 
 bench-overhead: .venv/.installed ## the loop over a bare loop of the same arithmetic
@@ -68,4 +71,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-language bench-language-cost bench-membership bench-tofu format clean
+.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-language bench-language-cost bench-membership bench-tofu format clean

