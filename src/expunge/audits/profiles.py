@@ -215,7 +215,7 @@ def _measured(
         if name not in registered:
             continue
         item = registered[name]
-        spent = replace(budget, **changes)
+        spent = replace(budget.of(name), own=(), **changes)
         given = {"budget": spent} if "budget" in item.settings else {}
         lacking = [text for need in item.needs if (text := subjects.unmet(need))]
         if lacking:

@@ -146,17 +146,31 @@ class Named(Section):
 
 
 class AuditPlan(Section):
-    """checks: names, all that fit by default. gold: what `retrained` is. attacks: all, none (false), or names."""
+    """checks: names, or {name: ..., settings}, or a mapping of names to settings; all that fit by default. gold: what
+    `retrained` is. attacks: all, none (false), or names, or {name: ..., settings}. budget: of all attacks."""
 
-    checks: list[str] | None = None
+    checks: list[str | Named] | dict[str, dict[str, Any] | None] | None = None
     gold: str = "retrain"
-    attacks: bool | list[str] = True
+    attacks: bool | list[str | Named] = True
+    budget: dict[str, Any] = Field(default={}, description="what each attack may spend, e.g. {steps: 10}")
     shadows: int = Field(default=0, ge=0, description="models per ensemble for the checks that need distributions")
+    profile: str | None = Field(default=None, description="a checklist to run as well: open_problems")
 
     def chosen(self) -> dict[str, Any]:
         """What `expunge.audit` takes."""
-        attacks = self.attacks if isinstance(self.attacks, list) else None if self.attacks else []
-        return {"checks": self.checks, "gold": self.gold, "attacks": attacks, "shadows": self.shadows}
+        return self.asked() | {"gold": self.gold, "shadows": self.shadows, "profile": self.profile}
+
+    def asked(self) -> dict[str, Any]:
+        """What `expunge.audits.asked.asked` takes."""
+
+        def plain(specs: Any) -> Any:
+            return [s if isinstance(s, str) else {"name": s.name, **s.settings} for s in specs]
+
+        return {
+            "checks": plain(self.checks) if isinstance(self.checks, list) else self.checks,
+            "attacks": plain(self.attacks) if isinstance(self.attacks, list) else self.attacks,
+            "budget": self.budget,
+        }
 
 
 class Seeds(Section):

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from expunge.audits.asked import asked
 from expunge.cases import Case
 from expunge.cli import show
 from expunge.cli.build import build_case
@@ -152,11 +153,7 @@ def validate(file: Path, overrides: list[str]) -> None:
     _describe(case)
     if case_file.method is not None:
         find(case_file.method.name).configure(**case_file.method.settings).check(case)
-    if case_file.audit.checks:
-        from expunge.audits import find_check
-
-        for name in case_file.audit.checks:
-            find_check(name)
+    asked(**case_file.audit.asked(), kind=case.task.name)
     show.out().print(
         "[green]valid[/]: case, model, data" + (" and method fit together" if case_file.method else " fit together")
     )

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from expunge.audits.asked import Spec, asked
 from expunge.audits.attacks.budget import Attack, Budget
 from expunge.audits.base import Measurement as Measured
 from expunge.audits.base import checks as known_checks
 from expunge.audits.base import run_checks
-from expunge.audits.battery import attack_all, find_attacks, judge
+from expunge.audits.battery import attack_all, judge
 from expunge.audits.golds import Gold, make_gold
 from expunge.audits.intention import ObservedIntention, observed_intention
 from expunge.audits.profiles import ProfileReport, find_profile, run_profile
@@ -143,9 +144,11 @@ class Auditor:
     Args:
         gold: "retrain", "clean_label", "ensemble", "closed_form", "residual"; or a `Gold`, or a retrained model.
         floor: a second gold of another seed, where `gold` was given as a model.
-        checks: names; default: all that serve the task and whose needs the case meets, but those that train further models.
-        attacks: active attacks by name or as objects; default (or True): the whole battery; False: none, and then nothing
-            can be called removed. budget: what each may spend.
+        checks: names, or {"name": ..., **settings} (or a mapping name -> settings); "default" among them, and the default,
+            stands for all that serve the task and whose needs the case meets, but those that train further models.
+        attacks: active attacks by name, as {"name": ..., **settings} or as objects; default (or True): the whole battery;
+            False: none, and then nothing can be called removed. budget: what each may spend, a `Budget` or its fields; an
+            attack's or a check's own `budget` goes before it.
         thresholds: of the verdict. seed: of gold, attacks and bootstrap. cache: a folder where golds are kept.
         shadows: models per ensemble for the checks that need distributions (U-LiRA, RMIA, KLoM, challenge score); 0 for
             none. The method is then run on as many originals. ensembles: your own, see `Subjects`.
@@ -159,9 +162,9 @@ class Auditor:
         gold: str | Gold | nn.Module = "retrain",
         floor: Gold | nn.Module | None = None,
         gold_settings: Mapping[str, Any] | None = None,
-        checks: Iterable[str] | None = None,
-        attacks: bool | Sequence[str | Attack] | None = None,
-        budget: Budget | None = None,
+        checks: Iterable[Spec] | Mapping[str, Mapping[str, Any] | None] | None = None,
+        attacks: bool | Sequence[Spec | Attack] | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         thresholds: Thresholds | None = None,
         seed: int = 0,
         cache: str | Path | None = None,
@@ -174,7 +177,8 @@ class Auditor:
             find_profile(profile)
         self.profile = profile
         self.case, self.seed, self.thresholds, self.report = case, seed, thresholds or Thresholds(), report
-        self.wanted = None if checks is None else list(checks)
+        self.asked = asked(checks, attacks, budget, case.task.name)
+        self.attacks, self.budget = self.asked.attacks, self.asked.budget
         self.ensembles, self.shadows = dict(ensembles or {}), shadows
         if shadows:
             from expunge.records.shadows import reference_ensembles
@@ -182,8 +186,6 @@ class Auditor:
             self._tell(f"training {3 * shadows} shadow models at once", 0, 1)
             self.ensembles |= reference_ensembles(case, shadows, seed)
         self.gold, self.floor = self._golds(gold, floor, dict(gold_settings or {}), cache)
-        wanted = {True: None, False: ()}[attacks] if isinstance(attacks, bool) else attacks
-        self.attacks, self.budget = find_attacks(wanted, self.case.task.name), budget or Budget()
         self._shared: Subjects | None = None
         self._attacked: dict[Any, Any] = {}
 
@@ -234,17 +236,26 @@ class Auditor:
         return made
 
     def chosen(self, subjects: Subjects) -> list[str]:
-        """The checks that will run: those asked for, else every one whose needs are met."""
-        if self.wanted is not None:
-            return self.wanted
+        """The checks that will run: those asked for; by default every one whose needs are met."""
         found, battery = known_checks(kind=self.case.task.name), {attack.name for attack in self.attacks}
-        return [
+        return self.asked.wanted(
             name
             for name, item in found.items()
             if name not in EXPENSIVE
             and (name in battery or "budget" not in item.settings)
             and all(subjects.unmet(need) is None for need in item.needs)
-        ]
+        )
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        """A check's settings: the audit's budget, the attack as it was asked for, and what was set for the check itself."""
+        known = known_checks()[name].settings
+        found: dict[str, Any] = {}
+        if "budget" in known:
+            found["budget"] = self.budget.of(name)
+        own = [attack for attack in self.attacks if attack.name == name]
+        if "attack" in known and own:
+            found["attack"] = own[0]
+        return found | self.asked.settings.get(name, {})
 
     def audit(self, outcome: Outcome) -> Audit:
         """Measure, attack and judge one outcome of this case."""
@@ -261,7 +272,7 @@ class Auditor:
                 self.case, outcome, self.ensembles["original"], self.seed
             )
         names = self.chosen(subjects)
-        budgets = {name: {"budget": self.budget} for name in names if "budget" in known_checks()[name].settings}
+        settings = {name: self._settings(name) for name in names}
         attacks = attack_all(
             subjects,
             self.attacks,
@@ -270,7 +281,7 @@ class Auditor:
             memory=self._attacked,
         )
         measured = run_checks(
-            subjects, names, budgets, progress=lambda c: self._tell(c.name, names.index(c.name), len(names))
+            subjects, names, settings, progress=lambda c: self._tell(c.name, names.index(c.name), len(names))
         )
         verdict = judge(subjects, self.attacks, self.budget, self.thresholds, outcome.proof)
         intention = profile = None
@@ -283,6 +294,7 @@ class Auditor:
                 self.profile,
                 subjects,
                 self.budget,
+                settings=self.asked.settings,
                 facts=facts,
                 progress=lambda q: self._tell(f"{q.id} {q.text}", 0, 1),
             )

@@ -11,7 +11,7 @@ A success shows that something was there. A failure shows only that this budget 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Budget:
     in the attacker's hands, or a count if above 1. epochs: passes of benign relearning over the retain data. queries:
     retain rows that a probe is fitted on, at most. learning_rate: None takes the recipe's for benign relearning and a
     tenth of it on forgotten examples (1e-3 with adam where the case has no recipe). batch_size: None takes the
-    recipe's, else 64.
+    recipe's, else 64. own: (attack's name, its budget), for attacks that spend otherwise.
     """
 
     steps: int = 5
@@ -49,6 +49,7 @@ class Budget:
     queries: int = 2000
     learning_rate: float | None = None
     batch_size: int | None = None
+    own: tuple[tuple[str, Budget], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in ("steps", "examples", "epochs", "queries", "learning_rate", "batch_size"):
@@ -71,8 +72,12 @@ class Budget:
         count = round(self.examples * forget) if self.examples <= 1 else int(self.examples)
         return min(max(count, 1), forget - 1)
 
+    def of(self, attack: str) -> Budget:
+        """What the attack of this name may spend."""
+        return dict(self.own).get(attack, self)
+
     def describe(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "own"}
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ def attacked(subjects: Subjects, attack: Attack, budget: Budget, memory: Memory 
 
     memory: keeps the scores of all subjects but the unlearned one beyond these subjects (see `battery.attack_all`).
     """
+    budget = budget.of(attack.name)
 
     def run() -> Attacked:
         case, seed = subjects.case, derive(subjects.seed, "attack", attack.name)
@@ -187,9 +193,9 @@ def measure(item: Check, subjects: Subjects, attack: Attack, budget: Budget) -> 
 
 
 def attack_check(attack: Attack, summary: str, **facts: Any) -> Check:
-    """Register an active attack as a check of its name, with the budget as setting."""
+    """Register an active attack as a check of its name, with the budget and the attack (one with other settings) as settings."""
 
-    def function(subjects: Subjects, budget: Budget = Budget()) -> list[Measurement]:
+    def function(subjects: Subjects, budget: Budget = Budget(), attack: Attack = attack) -> list[Measurement]:
         return measure(made, subjects, attack, budget)
 
     function.__doc__ = summary
