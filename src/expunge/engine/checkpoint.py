@@ -39,7 +39,7 @@ class Resumed:
     def restore(self, phase: Phase) -> None:
         """Put weights, optimizer state and averages back into a prepared phase."""
         phase.distribution.load(phase.trained, self.part("trained/"))
-        for i, optimizer in enumerate(phase.optimizers):
+        for i, optimizer in enumerate(phase.all_optimizers):
             optimizer.load(self.part(f"optimizer{i}/"), self.optimizer_steps[i])
         now = phase.trained.state_dict()
 
@@ -84,7 +84,7 @@ class Checkpointer:
 
     def save(self, phase: Phase) -> None:
         tensors: dict[str, Tensor] = {f"trained/{k}": v for k, v in phase.trained.state_dict().items()}
-        for i, optimizer in enumerate(phase.optimizers):
+        for i, optimizer in enumerate(phase.all_optimizers):
             tensors |= {f"optimizer{i}/{k}": v for k, v in optimizer.tensors().items()}
         tensors |= {f"mean/{i:06d}": v for i, v in enumerate(phase.mean)}
         tensors |= {f"best/{k}": v for k, v in (phase.best or {}).items()}
@@ -104,7 +104,7 @@ class Checkpointer:
             "format": FORMAT,
             "identity": self.identity,
             "position": json.dumps(position),
-            "optimizer_steps": json.dumps([o.steps for o in phase.optimizers]),
+            "optimizer_steps": json.dumps([o.steps for o in phase.all_optimizers]),
             "history": json.dumps(phase.trace.history),
             "digest": digest_weights(tensors),
         }

@@ -4,6 +4,7 @@
         scope -> mask; objectives prepare; references fill their caches
         for epoch:
             for update in rhythm(epoch):           # which rows of which splits
+                players play                       # second networks with terms and optimizers of their own
                 steps  = one Step per split        # one forward each, shared by the terms of that split
                 steps  = adversary.attack(...)     # worst-case inputs or activations
                 g      = gradients of the terms    # through a weight-space adversary where one is set
@@ -28,11 +29,13 @@ from expunge.engine.distribution import Distribution
 from expunge.engine.gradients import Gradients, let_go, run_anew, seed_draws
 from expunge.engine.measured import Curves, Measured, of_original
 from expunge.engine.optimizer import MaskedOptimizer
+from expunge.engine.players import Seat, build_networks, seats_of
 from expunge.engine.rhythm import Update, updates_of
 from expunge.engine.workbench import Workbench
 from expunge.errors import BadSetting, CollapsedUtility, ConstantTerm, Diverged, EmptyScope, UnmetNeed
 from expunge.parts.adversaries import Adversary
 from expunge.parts.plan import Auxiliary, Plan, Term
+from expunge.parts.players import Player
 from expunge.parts.references import collect_needs
 from expunge.parts.schedules import Feedback
 from expunge.parts.scopes.base import Everything, Scope
@@ -92,8 +95,11 @@ def run_plan(
             position, trace.history = resumed.position, resumed.history
             trace.updates = position.step
     for number, phase in enumerate(phases):
-        if number < position.phase:  # finished before the kill: only its auxiliary network is needed again
+        if number < position.phase:  # finished before the kill: only its networks are needed again
             _auxiliary(phase, workbench)
+            if resumed is not None:
+                for name in build_networks(phase, workbench):
+                    resumed.restore_network(name, workbench)
             if resumed is not None and not isinstance(phase.trains, str):
                 resumed.restore_network(phase.trains.name, workbench)
                 _freeze(phase, workbench)
@@ -159,7 +165,11 @@ class Phase:
             plan.adversary if isinstance(plan.adversary, tuple) else (plan.adversary,) if plan.adversary else ()
         )
         self.terms = (*plan.terms, *(goal for a in self.adversaries for goal in a.goal))
+        self.seats: list[Seat] = seats_of(self, len(self.terms))
+        self.terms = (*self.terms, *(term for seat in self.seats for term in seat.player.terms))
+        self.adversaries = tuple(a for a in self.adversaries if not isinstance(a, Player))
         self.repeats = max((a.repeats for a in self.adversaries), default=1)
+        build_networks(plan, workbench)
         for adversary in self.adversaries:
             if plan.terms and adversary.on not in plan.splits:
                 raise BadSetting(
@@ -168,12 +178,14 @@ class Phase:
                 )
         self.gradients = Gradients(plan, self.adversaries, self.distribution, workbench.device, self._value)
         self.splits = self._splits()
-        self.labels = _labels(plan.terms)
+        self.labels = _labels((*plan.terms, *(goal for a in self.adversaries for goal in a.goal)))
+        self.labels += [f"{s.player.name}: {label}" for s in self.seats for label in _labels(s.player.terms)]
         self.active_of: tuple[int, list[int]] = (-1, [])
         self.layers = {
             name: tuple(sorted({layer for t in self.terms if t.on == name for layer in t.objective.layers}))
             for name in plan.splits
         }
+        self.optimizers: list[MaskedOptimizer] = []
         self._measure, self._measure_original = Measured(workbench, lambda: self.trained), of_original(workbench)
         self.resumed_mean: list[Tensor] = []
         self.resumed_best: dict[str, Tensor] | None = None
@@ -184,7 +196,7 @@ class Phase:
     def _splits(self):
         chosen = {}
         pool = dict(self.plan.pool)
-        for name in self.plan.splits:
+        for name in dict.fromkeys([*self.plan.splits, *(n for seat in self.seats for n in seat.splits)]):
             if name not in self.bench.splits:
                 self.bench.case.split(name)  # raises the error that says how to get it
             split = self.bench.splits[name]
@@ -207,6 +219,8 @@ class Phase:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "scope"))
             self.trained = scope.enter(self.network, bench)
+        for seat in self.seats:
+            seat.sit(self)
         networks = {**bench.networks, self.trained_name: self.trained}
         self.networks = networks
         saved = bench.model
@@ -218,7 +232,8 @@ class Phase:
             bench.model = saved
         if mask is None:
             mask = {n: p.requires_grad for n, p in self.trained.named_parameters()}
-        mask = {n: m for n, m in mask.items() if n not in frozen}  # a scope never thaws what the caller froze
+        # a scope never thaws what the caller froze, and a player's part is its own
+        mask = {n: m for n, m in mask.items() if n not in frozen and not any(s.player.owns(n) for s in self.seats)}
         live = sum(int(m.sum()) if isinstance(m, Tensor) else m * p.numel() for m, p in _pairs(mask, self.trained))
         total = sum(p.numel() for p in self.trained.parameters())
         bench.note("live_weights_fraction", live / max(total, 1))
@@ -244,7 +259,10 @@ class Phase:
             MaskedOptimizer(self.trained, spec, mask, per_epoch * plan.epochs * self.repeats, per_epoch * self.repeats)
             for spec, _ in moves
         ]
-        self.moves = [terms for _, terms in moves]
+        self.moves = [(number, terms, 1) for number, (_, terms) in enumerate(moves)]
+        self.moves = [turn for move in self.moves for turn in self._turns(*move)]
+        for seat in self.seats:
+            seat.ready(self, per_epoch)
         self.anchors = [[p.detach().clone() for p in o.parameters] for o in self.optimizers] if plan.proximal else []
 
     def _moves(self) -> list[tuple[Any, list[int]]]:
@@ -256,15 +274,27 @@ class Phase:
                 groups.append((term.optimizer, [i]))
         return groups
 
+    def _turns(self, number: int, terms: list[int], every: int) -> list[tuple[int, list[int], int]]:
+        """(optimizer, terms, every): the terms that share an update first, then each lazy one's own."""
+        common = [i for i in terms if self.plan.terms[i].every == 1]
+        lazy = [(number, [i], self.plan.terms[i].every) for i in terms if self.plan.terms[i].every > 1]
+        return ([(number, common, every)] if common or not terms else []) + lazy
+
+    @property
+    def all_optimizers(self) -> list[MaskedOptimizer]:
+        """The model's, then the players': what a checkpoint keeps the state of."""
+        return [*self.optimizers, *(seat.optimizer for seat in self.seats)]
+
     # -- weights and rows -------------------------------------------------------------------------------------------
     def _active(self, epoch: int) -> list[int]:
         """Terms with a weight this epoch; which these are does not change within it, so it is worked out once."""
         if self.active_of[0] != epoch:
-            terms = enumerate(self.plan.terms)
-            self.active_of = (
-                epoch, [i for i, t in terms if self._weight(i, epoch) != 0 or isinstance(t.schedule, Feedback)],
-            )  # fmt: skip
+            self.active_of = epoch, [i for i in range(len(self.plan.terms)) if self._counts(i, epoch)]
         return self.active_of[1]
+
+    def _counts(self, i: int, epoch: int) -> bool:
+        """Whether a term has a weight this epoch."""
+        return self._weight(i, epoch) != 0 or isinstance(self.terms[i].schedule, Feedback)
 
     def _weight(self, i: int, epoch: int) -> float:
         schedule = self.terms[i].schedule
@@ -275,6 +305,7 @@ class Phase:
     def _updates(self, epoch: int) -> list[Update]:
         """The rows of every update of an epoch."""
         active = list(dict.fromkeys(self.plan.terms[i].on for i in self._active(epoch)))
+        active = list(dict.fromkeys([*active, *(name for seat in self.seats for name in seat.splits)]))
         pairs = self.plan.mode == "train" and _has_batch_norm(self.network)
         return updates_of(self.plan, self.splits, active, self.seed, epoch, pairs)
 
@@ -296,6 +327,8 @@ class Phase:
                 for p, mean in zip(self.optimizers[0].parameters, self.mean, strict=True):
                     p.copy_(mean)
         self.bench.references.give_back()
+        for seat in self.seats:
+            seat.leave()
         back = self.scope.leave(self.distribution.gather(self.trained))
         for p, flag in self.flags:
             self.distribution.now(p).requires_grad_(flag)
@@ -316,10 +349,13 @@ class Phase:
         total = plan.epochs
         if self.curves is not None and position.step == 0:
             self._enter({"step": 0, "phase": self.number, "epoch": 0, "losses": {}})
+        if self.seats and position.epoch == position.update == 0 and self._updates(0):
+            for seat in self.seats:
+                seat.warm_up(self, self._updates(0))
         while position.epoch < total:
             updates = self._updates(position.epoch)
             while position.update < len(updates):
-                halt = self._one(updates[position.update], len(updates))
+                halt = self._one(updates[position.update], len(updates), updates)
                 position.update += 1
                 position.step += 1
                 if halt is None:
@@ -378,21 +414,25 @@ class Phase:
         return into
 
     # -- one update ------------------------------------------------------------------------------------------------
-    def _one(self, update: Update, updates_per_epoch: int) -> Halt | None:
+    def _one(self, update: Update, updates_per_epoch: int, updates: list[Update]) -> Halt | None:
         epoch, entry = self.position.epoch, {}
         self._measure.clear()
         place = epoch, self.position.update
+        count = epoch * updates_per_epoch + self.position.update
+        played = [seat.play(self, updates) for seat in self.seats if not seat.player.after]
         draws = derive(self.seed, "step", *place)
         seed_draws(draws, self.bench.device)
         share = {n: len(ids) for n, ids in update.items()}
         weights = self.distribution.local_weights(share)
         local = {n: self.distribution.mine(ids) for n, ids in update.items()}
+        own = {n: ids for n, ids in local.items() if n in self.layers}
         active = self._active(epoch)
-        for number, (terms, optimizer) in enumerate(zip(self.moves, self.optimizers, strict=True)):
+        for number, terms, every in self.moves:
+            optimizer = self.optimizers[number]
             chosen = [i for i in terms if self.plan.terms[i].on in update and i in active]
-            if not chosen:
+            if not chosen or count % every:
                 continue
-            steps = self._steps(local, weights, updates_per_epoch)
+            steps = self._steps(own, weights, updates_per_epoch)
             factor = self._factors(chosen, weights, share)
             optimizer.zero_grad()
             self._attack(chosen, steps, factor)
@@ -418,11 +458,10 @@ class Phase:
                 self.plan.proximal.apply(optimizer.parameters, self.anchors[number], progress)
             for i, value in losses.items():
                 entry[self.labels[i]] = value
-                self._note_term(i, value)
-                schedule = self.plan.terms[i].schedule
-                if isinstance(schedule, Feedback):
-                    now = self.position.multipliers.get(str(i), schedule.start)
-                    self.position.multipliers[str(i)] = schedule.next(now, value, epoch)
+                self._answer(i, value, epoch)
+        played += [seat.play(self, updates) for seat in self.seats if seat.player.after]
+        for theirs in played:
+            entry |= theirs
         if self.plan.average is not None and self.plan.average.takes(self.position.step + 1, self.total_updates):
             self.position.averaged += 1
             with torch.no_grad():
@@ -436,6 +475,15 @@ class Phase:
         self._enter(record)
         return None
 
+    def _answer(self, i: int, value: float, epoch: int) -> None:
+        """What a term's mean loss is told to: the check that it moves at all, and its own weight."""
+        if self.terms[i].every == 1:
+            self._note_term(i, value)
+        schedule = self.terms[i].schedule
+        if isinstance(schedule, Feedback):
+            now = self.position.multipliers.get(str(i), schedule.start)
+            self.position.multipliers[str(i)] = schedule.next(now, value, epoch)
+
     def _enter(self, record: dict[str, Any]) -> None:
         """Into the history and the log, with what the curves ask for at this step."""
         if self.curves is not None and record["step"] % self.curves.every == 0:
@@ -444,22 +492,27 @@ class Phase:
         if self.log is not None:
             self.log(record)
 
-    def _steps(self, rows: Update, weights: dict[str, float], updates_per_epoch: int) -> dict[str, Step]:
+    def _steps(
+        self, rows: Update, weights: dict[str, float], updates_per_epoch: int, network: nn.Module | None = None,
+        layers: dict[str, tuple[str, ...]] | None = None, draws: tuple[object, ...] = (),
+    ) -> dict[str, Step]:  # fmt: skip
+        """One step per split. network, layers, draws: of a player's turn; default: the model's own update."""
         steps: dict[str, Step] = {}
+        network, layers = self.trained if network is None else network, self.layers if layers is None else layers
         total = max(self.plan.epochs * updates_per_epoch, 1)
         done = self.position.epoch * updates_per_epoch + self.position.update
         for name, ids in rows.items():
             split = self.splits[name]
             # each process draws for its own rows; one process draws as if there were no others
             own = (self.distribution.rank,) if self.distribution.count > 1 else ()
-            rng = generator(self.seed, "draw", self.position.epoch, self.position.update, name, *own)
+            rng = generator(self.seed, "draw", self.position.epoch, self.position.update, name, *own, *draws)
             batch = self.bench.fill(split.data.fetch(ids))
             if split.augment is not None:
                 batch = split.augment(batch, rng)
             batch = self.bench.task.prepare(batch, rng)
             steps[name] = Step(
-                self.trained, self.bench.task, batch, self.bench.references, rng, name, self.position.epoch,
-                done / total, self.layers[name], self.networks, mean=partial(self.distribution.mean_of, weight=weights[name]),
+                network, self.bench.task, batch, self.bench.references, rng, name, self.position.epoch,
+                done / total, layers.get(name, ()), self.networks, mean=partial(self.distribution.mean_of, weight=weights[name]),
             )  # fmt: skip
         joint = Joint(list(steps.values())) if self.plan.rhythm == "mixed" and len(steps) > 1 else None
         for step in steps.values():

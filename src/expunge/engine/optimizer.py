@@ -45,10 +45,13 @@ class MaskedOptimizer:
         if spec.name == "sgd":
             return torch.optim.SGD(self.parameters, lr=spec.lr, momentum=spec.momentum, foreach=foreach)
         if spec.name == "adam":
-            return torch.optim.Adam(self.parameters, lr=spec.lr, foreach=foreach)
+            return torch.optim.Adam(self.parameters, lr=spec.lr, betas=spec.betas, foreach=foreach)
         if spec.name == "adamw_8bit":
-            return _in_8_bits(self.parameters).AdamW8bit(self.parameters, lr=spec.lr, weight_decay=spec.weight_decay)
-        return torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=spec.weight_decay, foreach=foreach)
+            kind = _in_8_bits(self.parameters).AdamW8bit
+            return kind(self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+        return torch.optim.AdamW(
+            self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, foreach=foreach
+        )
 
     def _decay(self) -> None:
         """Coupled weight decay, gradient += weight_decay * weight, in place: torch's own makes a second set of gradients."""

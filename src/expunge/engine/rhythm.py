@@ -14,6 +14,7 @@ from torch import Tensor
 from expunge.cases.data import Split
 from expunge.errors import BadSetting
 from expunge.parts.plan import Plan
+from expunge.parts.players import players_of
 from expunge.seeds import generator
 
 Update = dict[str, Tensor]
@@ -58,7 +59,8 @@ def updates_of(
 
 def batch_size(plan: Plan, split: str) -> int:
     """Rows per update of a split: a term's own size, else the plan's."""
-    own = [t.batch_size for t in plan.terms if t.on == split and t.batch_size is not None]
+    terms = (*plan.terms, *(term for p in players_of(plan) for term in p.terms))
+    own = [t.batch_size for t in terms if t.on == split and t.batch_size is not None]
     return own[0] if own else plan.batch_size
 
 

@@ -39,6 +39,7 @@ from expunge.parts.objectives import (
     worst_inputs,
 )
 from expunge.parts.plan import Auxiliary, Edit, Exact, Guard, Optimizer, Plan, Protection, Term, Training
+from expunge.parts.players import player
 from expunge.parts.proximal import soft_threshold
 from expunge.parts.rewind import lowest_joint, rewind
 from expunge.parts.schedules import Constant, Decay, Drift, Multiplier, Rise, Until
@@ -69,7 +70,7 @@ __all__ = [
     "everything", "expanded", "experts", "fisher_low_rank", "fisher_ratio", "fit", "flat", "flatten_logits",
     "forget_reaches_holdout", "from_uniform", "gradient_penalty", "hold", "instead", "inverted_hinge", "kto", "l1",
     "l2", "largest", "last_layers", "last_output", "latent", "layers", "leave", "low_rank", "lowest_joint", "match",
-    "match_features", "nearest_class", "npo", "objectives", "pgd", "project", "pruned", "random_weights", "reaches",
+    "match_features", "nearest_class", "npo", "objectives", "pgd", "player", "project", "pruned", "random_weights", "reaches",
     "redrawn", "relabel", "rewind", "salient", "sam", "satimp", "schedules", "scopes", "simnpo", "smooth",
     "soft_threshold", "steer", "steps", "stops", "traced", "undial", "unlikelihood", "unpruned", "utility_floor",
     "weighted_ascent", "worst_inputs",

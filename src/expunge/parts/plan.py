@@ -47,7 +47,7 @@ class Optimizer:
     """How weights move.
 
     name: adamw_8bit is adamw with its state in 8 bits (bitsandbytes, on CUDA only).
-    lr: per step. momentum: sgd only. weight_decay: coupled (L2) for sgd and adam, decoupled for adamw.
+    lr: per step. momentum: sgd only. betas: of the adams. weight_decay: coupled (L2) for sgd and adam, decoupled for adamw.
     clip: largest norm of the whole gradient, None for no clipping.
     schedule: `constant`, `cosine` and `linear` (both to zero over all steps), `steps` (x `decay` after each epoch of
     `milestones`). warmup: share of all steps with linearly rising lr.
@@ -62,8 +62,10 @@ class Optimizer:
     milestones: tuple[int, ...] = ()
     decay: float = 0.1
     warmup: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
         if self.name not in OPTIMIZERS:
             raise BadSetting(
                 f"expected an optimizer, one of {', '.join(OPTIMIZERS)}, found {self.name!r}; use one of them"
@@ -79,6 +81,7 @@ class Optimizer:
         parts = [f"lr={self.lr:g}"]
         parts += [f"momentum={self.momentum:g}"] if self.momentum else []
         parts += [f"wd={self.weight_decay:g}"] if self.weight_decay else []
+        parts += [f"betas={self.betas[0]:g},{self.betas[1]:g}"] if self.betas != (0.9, 0.999) else []
         parts += [self.schedule] if self.schedule != "constant" else []
         return f"{self.name}({', '.join(parts)})"
 
@@ -88,6 +91,8 @@ class Term:
     """An objective on a split with a weight: a number, a schedule of the epoch, or a Lagrange multiplier.
 
     batch_size: overrides the plan's for this term's split. optimizer: an update of its own within each step.
+    every: above 1, the term makes an update of its own at every so many updates, by the optimizer that it would have had
+        (lazy regularisation, Karras et al., 1912.04958; the weight is not multiplied by `every` for it).
     """
 
     objective: Objective
@@ -96,6 +101,11 @@ class Term:
     _: KW_ONLY
     batch_size: int | None = None
     optimizer: Optimizer | None = None
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise BadSetting(f"expected every >= 1 (updates from one to the next), found {self.every}; correct it")
 
     @property
     def schedule(self) -> Weight:
@@ -103,7 +113,7 @@ class Term:
 
     def __str__(self) -> str:
         weight = "" if self.weight == 1.0 else f"{self.schedule}·"
-        return f"{weight}{self.objective}[{self.on}]"
+        return f"{weight}{self.objective}[{self.on}]" + (f"@{self.every}" if self.every > 1 else "")
 
 
 @dataclass(frozen=True)
