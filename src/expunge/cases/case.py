@@ -217,6 +217,8 @@ def reset_copy(model: nn.Module) -> nn.Module:
     Raises `BadModel` naming parameters that no module can reset: an official code resets only direct children and so
     "retrains" from trained convolutions; here a parameter that stays trained is an error.
     """
+    if callable(getattr(model, "fresh_copy", None)):  # a model that knows which of its parts are trained
+        return model.fresh_copy()  # type: ignore[operator]
     fresh = copy.deepcopy(model)
     covered: set[int] = set()
     if hasattr(fresh, "_init_weights") and hasattr(fresh, "init_weights") and hasattr(fresh, "config"):

@@ -24,6 +24,8 @@ from expunge.cases.data import Data, MapData
 from expunge.cases.tables import read_file, renamed
 from expunge.cases.weights import PICKLES, load_weights, refuse_pickle, save_model
 from expunge.errors import BadData, BadModel, nearest, need_extra
+from expunge.files import PIPELINE_NETWORKS, is_pipeline
+from expunge.tasks.denoiser import Denoiser
 
 SUFFIXES = (".npz", ".csv", ".tsv", ".jsonl", ".parquet")
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -141,8 +143,8 @@ def load_model(
 
     Args:
         spec: an `nn.Module` (returned as it is); a folder saved by transformers or a hub id (image classifiers and
-            causal language models, safetensors only); "package.module:function" or "file.py:function"; or these as a mapping {function or
-            folder, weights, arguments}.
+            causal language models) or by diffusers (pipelines, as a `Denoiser`), safetensors only;
+            "package.module:function" or "file.py:function"; or these as a mapping {function or folder, weights, arguments}.
         weights: a .safetensors file for the built model.
         arguments: of the function.
     """
@@ -205,8 +207,42 @@ def _built(name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
+def load_pipeline(folder: str | os.PathLike[str], null: int | str | None = "last", **arguments: Any) -> Denoiser:
+    """A diffusers pipeline's folder, or a hub id, as a `Denoiser`; safetensors only.
+
+    null: the class id that means "no class" (see `Denoiser`). arguments: of DiffusionPipeline.from_pretrained (torch_dtype, ...)."""
+    diffusers = need_extra("diffusers", "generation")
+    name, path = os.fspath(folder), Path(folder).expanduser()
+    if path.is_dir():
+        for network in PIPELINE_NETWORKS:
+            pickles = [f.name for f in (path / network).glob("*") if f.suffix in PICKLES]
+            if pickles and not any((path / network).glob("*.safetensors")):
+                raise BadModel(
+                    f"expected the pipeline's weights as safetensors, found {network}/{pickles[0]}, a pickle, which is never "
+                    "read because that can run code; save it again with pipeline.save_pretrained(folder, "
+                    "safe_serialization=True) where you trust it"
+                )
+    for only_local in [True] if path.is_dir() else [True, False]:
+        try:
+            found = diffusers.DiffusionPipeline.from_pretrained(
+                name, local_files_only=only_local, use_safetensors=True, **arguments
+            )
+            return Denoiser(found, null).eval()
+        except BadModel:
+            raise
+        except Exception as error:  # diffusers raises OSError, ValueError and its libraries' own for one cause
+            problem = error
+    raise BadModel(
+        f"expected a diffusers pipeline in a folder, the local cache or the hub, found no usable '{name}' "
+        f"({type(problem).__name__}: {_first_line(problem)}); download it on a connected machine with "
+        "pipeline.save_pretrained(folder) and give the folder"
+    ) from problem
+
+
 def _pretrained(name: str) -> nn.Module:
     path = Path(name).expanduser()
+    if path.is_dir() and is_pipeline(path):
+        return load_pipeline(path)
     if path.is_file():
         refuse_pickle(path)
         raise BadModel(
@@ -268,4 +304,13 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else "no details"
 
 
-__all__ = ["data_home", "find_function", "load_data", "load_model", "load_tokenizer", "load_weights", "save_model"]
+__all__ = [
+    "data_home",
+    "find_function",
+    "load_data",
+    "load_model",
+    "load_pipeline",
+    "load_tokenizer",
+    "load_weights",
+    "save_model",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from expunge.errors import BadModel
-from expunge.files import write_atomic
+from expunge.files import PIPELINE_NETWORKS, is_pipeline, write_atomic
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -29,7 +29,7 @@ def save_model(model: nn.Module, folder: Path, mode: int | None = None) -> None:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Put safetensors weights into a module of the same keys and shapes, in place; returns it.
+    """Put safetensors weights (a file, or a pipeline's folder) into a module of the same keys and shapes, in place; returns it.
 
     Raises `BadModel` for a pickle (by name or by content), a damaged file, and weights of another model.
     """
@@ -38,13 +38,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     path = Path(path)
     refuse_pickle(path)
-    if path.suffix != ".safetensors":
+    pipeline = path.is_dir() and is_pipeline(path)
+    if path.suffix != ".safetensors" and not pipeline:
         raise BadModel(
             f"expected weights as .safetensors, found '{path.name}'; save them with "
             "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
         )
     try:
-        state = load_file(str(path))
+        state = pipeline_state(path) if pipeline else load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise BadModel(
             f"expected a whole safetensors file, found {path.name} damaged or missing ({error}); export or copy "
@@ -67,6 +68,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             "very model these weights come from"
         )
     return model
+
+
+def pipeline_state(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a pipeline's networks by their names in a `Denoiser`."""
+    from safetensors.torch import load_file
+
+    return {
+        f"{part}.{name}": value
+        for part in PIPELINE_NETWORKS
+        for file in sorted((folder / part).glob("*.safetensors"))
+        for name, value in load_file(str(file)).items()
+    }
 
 
 def refuse_pickle(path: Path) -> None:

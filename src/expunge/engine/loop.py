@@ -215,7 +215,7 @@ class Phase:
         scope = plan.scope or Everything()
         self.scope = scope
         self.flags = [(p, p.requires_grad) for p in self.network.parameters()]
-        frozen = [n for n, p in self.network.named_parameters() if not p.requires_grad]
+        frozen = [n for n, p in self.network.named_parameters() if not p.requires_grad and not scope.thaws(n)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "scope"))
             self.trained = scope.enter(self.network, bench)
@@ -341,7 +341,7 @@ class Phase:
     def _epochs(self) -> Halt | None:
         position, plan = self.position, self.plan
         self.mean = (
-            [torch.zeros_like(p) for p in self.optimizers[0].parameters] if plan.average and self.optimizers else []
+            [p.detach().clone() for p in self.optimizers[0].parameters] if plan.average and self.optimizers else []
         )
         for mean, saved in zip(self.mean, self.resumed_mean, strict=False):
             mean.copy_(saved)
@@ -466,7 +466,7 @@ class Phase:
             self.position.averaged += 1
             with torch.no_grad():
                 for mean, p in zip(self.mean, self.optimizers[0].parameters, strict=True):
-                    mean.lerp_(p, 1.0 / self.position.averaged)
+                    mean.lerp_(p, self.plan.average.share(self.position.averaged))
         record = {
             "step": self.position.step + 1, "phase": self.number, "epoch": epoch + 1, "losses": entry,
         }  # fmt: skip
@@ -559,8 +559,8 @@ class Phase:
             self.position.moved_terms.append(label)
 
     def _check_constant(self) -> None:
-        count = sum(1 for h in self.trace.history if h["phase"] == self.number)
         for label in self.position.first_losses:
+            count = sum(1 for h in self.trace.history if h["phase"] == self.number and label in h["losses"])
             if count > 3 and label not in self.position.moved_terms:
                 self.bench.warn(f"the term {label} had the same value at all {count} updates", ConstantTerm)
 

@@ -146,7 +146,3 @@ class RunDirectory:
 
     def save_model(self, model: nn.Module) -> None:
         save_model(model, self.model_path)
-
-    @property
-    def weights_file(self) -> Path:
-        return self.model_path / "model.safetensors"

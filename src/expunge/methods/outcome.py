@@ -17,7 +17,7 @@ from expunge.engine.rundir import RunDirectory, machine, versions
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.methods.registry import Configured, Method, find
 from expunge.methods.stored import is_protected, save_protected
-from expunge.parts.guarded import is_guard, load_saved
+from expunge.parts.guarded import is_saved, load_saved
 from expunge.parts.plan import Action, Edit, Exact, Guard, Plan, Protection
 from expunge.parts.stops import Stop
 
@@ -162,8 +162,7 @@ def unlearn(
     identity = run_identity(case, config)
     with RunDirectory(run) as directory:
         finished = directory.read_json("outcome.json")
-        kept = directory.weights_file.exists() or is_guard(directory.model_path)
-        if finished is not None and finished.get("identity") == identity and kept:
+        if finished is not None and finished.get("identity") == identity and is_saved(directory.model_path):
             from copy import deepcopy
 
             model = load_saved(directory.model_path, deepcopy(case.model))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from expunge.cases.weights import load_weights
 from expunge.errors import BadModel
-from expunge.files import digest_weights, write_atomic
+from expunge.files import digest_weights, is_pipeline, write_atomic
 from expunge.parts.blocks import block_stack
 
 FORMAT = "expunge.guard/1"
@@ -85,7 +85,14 @@ def is_guard(folder: Path) -> bool:
 
 def load_saved(folder: Path, base: nn.Module) -> nn.Module:
     """The model that a run saved in a folder: a guard around `base`, or `base` itself with the saved weights."""
-    return load_guard(folder, base) if is_guard(folder) else load_weights(base, folder / "model.safetensors")
+    if is_guard(folder):
+        return load_guard(folder, base)
+    return load_weights(base, folder if is_pipeline(folder) else folder / "model.safetensors")
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a run has saved its model in this folder."""
+    return is_guard(folder) or is_pipeline(folder) or (folder / "model.safetensors").exists()
 
 
 def load_guard(folder: str | Path, base: nn.Module) -> Guarded:

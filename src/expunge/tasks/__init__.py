@@ -7,10 +7,16 @@ from typing import Any
 from expunge.errors import BadSetting, nearest
 from expunge.tasks.base import Batch, Choice, Measurements, Output, PerExample, Task, evaluating, move_to_model
 from expunge.tasks.classification import Classification
+from expunge.tasks.diffusion import Diffusion
 from expunge.tasks.language import Language
 from expunge.tasks.regression import Regression
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "language": Language, "regression": Regression}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "diffusion": Diffusion,
+    "language": Language,
+    "regression": Regression,
+}
 
 
 def task(which: str | Task | dict[str, Any]) -> Task:
@@ -28,6 +34,6 @@ def task(which: str | Task | dict[str, Any]) -> Task:
 
 
 __all__ = [
-    "TASKS", "Batch", "Choice", "Classification", "Language", "Measurements", "Output", "PerExample", "Regression", "Task", "evaluating",
-    "move_to_model", "task",
+    "TASKS", "Batch", "Choice", "Classification", "Diffusion", "Language", "Measurements", "Output", "PerExample", "Regression",
+    "Task", "evaluating", "move_to_model", "task",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from expunge.parts.scopes.base import (
     top_share,
     unpruned,
 )
+from expunge.parts.scopes.component import component
 from expunge.parts.scopes.expanded import expanded
 from expunge.parts.scopes.experts import experts
 from expunge.parts.scopes.fila import fisher_low_rank
@@ -22,6 +23,6 @@ from expunge.parts.scopes.redrawn import redrawn
 from expunge.parts.scopes.tracing import blocks, traced
 
 __all__ = [
-    "Mask", "Scope", "blocks", "everything", "expanded", "experts", "fisher_low_rank", "fisher_ratio", "largest",
+    "Mask", "Scope", "blocks", "component", "everything", "expanded", "experts", "fisher_low_rank", "fisher_ratio", "largest",
     "last_layers", "layers", "low_rank", "pruned", "random_weights", "redrawn", "salient", "top_share", "traced", "unpruned",
 ]  # fmt: skip

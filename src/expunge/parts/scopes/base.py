@@ -27,6 +27,10 @@ class Scope:
         """The mask over the model's named parameters, from the model as it is before the first step."""
         raise NotImplementedError
 
+    def thaws(self, name: str) -> bool:
+        """Whether a parameter that the model keeps frozen by default may move because this scope names it."""
+        return False
+
     def enter(self, model: nn.Module, workbench: Any) -> nn.Module:
         """What is trained instead of the model (adapters); default: the model itself."""
         return model
@@ -48,6 +52,9 @@ class Scope:
 class Both(Scope):
     first: Scope
     second: Scope
+
+    def thaws(self, name: str) -> bool:
+        return self.first.thaws(name) or self.second.thaws(name)
 
     def select(self, workbench: Any) -> Mask:
         a, b = self.first.select(workbench), self.second.select(workbench)
