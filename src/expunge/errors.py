@@ -38,6 +38,10 @@ class MissingGold(UnmetNeed):
     """A check compares with `retrained`, and no gold was given and none can be made."""
 
 
+class JudgeBelowFloor(UnmetNeed):
+    """A judge of generated images is wrong too often on held-out real ones, so no table is made with it."""
+
+
 class BadCheckpoint(ExpungeError):
     """A checkpoint is corrupt, truncated, or of another run."""
 
