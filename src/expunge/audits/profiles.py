@@ -155,8 +155,9 @@ def run_profile(
     """A profile's questions on these subjects.
 
     ids: those to run, default the minimal battery of the kind; rows of all others say so. settings: check -> its settings.
-    facts: what no check measures: `group` (a column that groups the kept rows), and `seconds`, `retrain_seconds`, `weights`
-    of the run's record.
+    facts: what no check measures: `group` (a column that groups the kept rows), `guard` (two functions of a text, what a
+    filter blocks of inputs and of outputs), `again` and `reruns` (see `audits.reruns`), and `seconds`, `retrain_seconds`,
+    `weights` of the run's record.
     """
     profile, kind = find_profile(name), subjects.task.name
     questions = profile.questions

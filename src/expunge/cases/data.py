@@ -75,6 +75,36 @@ class Data(ABC):
             object.__setattr__(self, "_fingerprint", cached)
         return cached
 
+    def subset(self, ids: Sequence[int] | Tensor) -> Data:
+        """These rows as a table of their own; row numbers begin again."""
+        return _Rows(self, torch.as_tensor(ids))
+
+
+class _Rows(Data):
+    """Some rows of a table, read through it."""
+
+    def __init__(self, data: Data, rows: Tensor):
+        self.data, self.rows = data, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, ids: Tensor) -> Batch:
+        return Batch(ids, self.data.fetch(self.rows[ids]).columns)
+
+    def column(self, name: str) -> Tensor | list[Any]:
+        values = self.data.column(name)
+        return values[self.rows] if isinstance(values, Tensor) else [values[i] for i in self.rows.tolist()]
+
+    @property
+    def names(self) -> list[str]:
+        return self.data.names
+
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        own = self.data.lengths
+        return None if own is None else [own[i] for i in self.rows.tolist()]
+
 
 class TensorData(Data):
     """Columns held in memory: `TensorData(inputs=X, labels=y, group=g)`. Shared objects may ride along as `shared`."""
@@ -97,7 +127,10 @@ class TensorData(Data):
         return list(self.columns)
 
     def fetch(self, ids: Tensor) -> Batch:
-        return Batch(ids, {**self.shared, **{k: v[ids] for k, v in self.columns.items()}})
+        where = {
+            place: ids.to(place) for place in {v.device for v in self.columns.values()}
+        }  # one copy, not one per column
+        return Batch(ids, {**self.shared, **{k: v[where[v.device]] for k, v in self.columns.items()}})
 
     def column(self, name: str) -> Tensor:
         if name not in self.columns:
@@ -253,7 +286,7 @@ def check_finite(data: Data, name: str, batch_size: int = 4096) -> None:
         for value in batch.columns.values():
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == ids.shape:
                 rows = ~torch.isfinite(value).reshape(len(ids), -1).all(1)
-                bad += ids[rows].tolist()
+                bad += ids[rows.cpu()].tolist()
     if bad:
         raise BadData(
             f"expected finite numbers in the {name} data, found NaN or infinity in {len(set(bad))} rows "

@@ -155,10 +155,18 @@ class AuditPlan(Section):
     budget: dict[str, Any] = Field(default={}, description="what each attack may spend, e.g. {steps: 10}")
     shadows: int = Field(default=0, ge=0, description="models per ensemble for the checks that need distributions")
     profile: str | None = Field(default=None, description="a checklist to run as well: open_problems")
+    reruns: int = Field(
+        default=0, ge=0, description="further runs for each of the checklist's rows on streams and seeds"
+    )
 
     def chosen(self) -> dict[str, Any]:
         """What `expunge.audit` takes."""
-        return self.asked() | {"gold": self.gold, "shadows": self.shadows, "profile": self.profile}
+        return self.asked() | {
+            "gold": self.gold,
+            "shadows": self.shadows,
+            "profile": self.profile,
+            "reruns": self.reruns,
+        }
 
     def asked(self) -> dict[str, Any]:
         """What `expunge.audits.asked.asked` takes."""

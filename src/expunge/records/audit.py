@@ -152,7 +152,9 @@ class Auditor:
         thresholds: of the verdict. seed: of gold, attacks and bootstrap. cache: a folder where golds are kept.
         shadows: models per ensemble for the checks that need distributions (U-LiRA, RMIA, KLoM, challenge score); 0 for
             none. The method is then run on as many originals. ensembles: your own, see `Subjects`.
-        profile: a named checklist to run as well ("open_problems"), with the audit's budget.
+        profile: a named checklist to run as well ("open_problems"), with the audit's budget. facts: what it cannot measure,
+            such as `group` or `guard` (see `run_profile`). reruns: requests, sizes, seeds and hostile requests that its rows
+            on streams try; 0 for none. Each is a further run of the method.
     """
 
     def __init__(
@@ -172,10 +174,12 @@ class Auditor:
         ensembles: Mapping[str, Any] | None = None,
         report: Report | None = None,
         profile: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+        reruns: int = 0,
     ):
         if profile is not None:
             find_profile(profile)
-        self.profile = profile
+        self.profile, self.facts, self.reruns = profile, dict(facts or {}), reruns
         self.case, self.seed, self.thresholds, self.report = case, seed, thresholds or Thresholds(), report
         self.asked = asked(checks, attacks, budget, case.task.name)
         self.attacks, self.budget = self.asked.attacks, self.asked.budget
@@ -289,17 +293,24 @@ class Auditor:
             intention = observed_intention(subjects, outcome.record["method"]["intention"], attacks)
         if self.profile is not None:
             facts = {"seconds": outcome.record["cost"]["seconds"], "retrain_seconds": self.gold.seconds or None,
-                     "weights": outcome.record["weights"]}  # fmt: skip
+                     "weights": outcome.record["weights"], "again": self._again(outcome), "reruns": self.reruns}  # fmt: skip
             profile = run_profile(
                 self.profile,
                 subjects,
                 self.budget,
                 settings=self.asked.settings,
-                facts=facts,
+                facts=facts | self.facts,
                 progress=lambda q: self._tell(f"{q.id} {q.text}", 0, 1),
             )
         results = self._results(outcome, subjects, measured, verdict, intention)
         return Audit(results, verdict, outcome, self.gold, intention, profile)
+
+    def _again(self, outcome: Outcome) -> Callable[[Case, int, Any], Outcome]:
+        """The outcome's method on another case, seed or state."""
+        from expunge.methods.outcome import unlearn
+
+        which: Any = outcome.method or outcome.action
+        return lambda case, seed, state: unlearn(case, which, seed=seed, state=state)
 
     def _results(
         self,

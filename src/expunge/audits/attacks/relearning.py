@@ -175,8 +175,8 @@ class RetrainingOnParts(Relearning):
         }
 
 
-def trained(model: nn.Module, case: Case, plan: Plan, rows: Split, seed: int) -> nn.Module:
-    """A copy after the plan on one split, all weights live; a guard that passes no gradient is taken off first."""
+def trained(model: nn.Module, case: Case, plan: Plan, rows: Split, seed: int, *more: Split) -> nn.Module:
+    """A copy after the plan on one split (or `more`), all weights live; a guard that passes no gradient is taken off first."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -189,7 +189,7 @@ def trained(model: nn.Module, case: Case, plan: Plan, rows: Split, seed: int) ->
         for module, training in modes:
             module.training = training
         place = next(model.parameters(), torch.empty(0)).device
-        bench = Workbench(case, model, seed, place, splits={rows.name: rows})
+        bench = Workbench(case, model, seed, place, splits={split.name: split for split in (rows, *more)})
         run_plan(plan, bench)
     return bench.model
 
