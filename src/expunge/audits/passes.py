@@ -13,7 +13,7 @@ from torch import nn
 
 from expunge.errors import UnmetNeed
 from expunge.seeds import generator
-from expunge.tasks.base import Batch, Output, Task, evaluating, move_to_model
+from expunge.tasks.base import Batch, Output, Readings, Task, evaluating, move_to_model
 
 if TYPE_CHECKING:
     from expunge.cases.data import Split
@@ -42,8 +42,14 @@ class Pass:
         return replace(self, signals={name: values[places] for name, values in self.signals.items()}, **moved)
 
 
-TEXTS = 64
-"""Texts in a batch at most: padding grows with a batch, and so does the memory of its logits."""
+TEXTS, TEXTS_ON_A_GPU = 64, 256
+"""Texts in a batch at most: padding grows with a batch, and so does the memory of its activations."""
+
+
+def texts_at_once(model: nn.Module) -> int:
+    """Texts in a batch of a forward pass; a GPU waits for launches where there are too few."""
+    first = next(model.parameters(), None)
+    return TEXTS if first is None or first.device.type == "cpu" else TEXTS_ON_A_GPU
 
 
 def by_length(split: Split) -> torch.Tensor:
@@ -59,7 +65,9 @@ def run_pass(task: Task, model: nn.Module, split: Split, seed: int, batch_size: 
     if not task.ragged or not len(split):
         return _run(task, model, split, seed, batch_size)
     order = by_length(split)
-    return _run(task, model, split.subset(order), seed, min(batch_size, TEXTS)).at(order.argsort().numpy())
+    return _run(task, model, split.subset(order), seed, min(batch_size, texts_at_once(model))).at(
+        order.argsort().numpy()
+    )
 
 
 def _run(task: Task, model: nn.Module, split: Split, seed: int, batch_size: int) -> Pass:
@@ -75,8 +83,9 @@ def _run(task: Task, model: nn.Module, split: Split, seed: int, batch_size: int)
             batch = task.prepare(batch, generator(seed, "audit", split.name, number))
             batch = move_to_model(batch, model)
             output = task.forward(model, batch)
-            parts.append(_read(task, output, batch))
-            replay.hold(batch, output)
+            readings = task.readings(output, batch)
+            parts.append(_read(task, output, batch, readings))
+            replay.hold(batch, output, readings.signals)
             yield batch
 
     with evaluating(model):
@@ -87,24 +96,30 @@ def _run(task: Task, model: nn.Module, split: Split, seed: int, batch_size: int)
     return _join(parts, utility, split.name)
 
 
-def _read(task: Task, output: Output, batch: Batch) -> dict[str, Any]:
-    rows = output.prediction
-    fits = rows.dim() in (1, 2) and rows.shape[0] == len(batch)
-    if fits and task.name == "classification":
-        rows = rows.double().softmax(-1)
+def _read(task: Task, output: Output, batch: Batch, readings: Readings) -> dict[str, Any]:
     answers = task.answers(batch)
     return {
         "ids": batch.ids.cpu().numpy(),
-        "signals": {name: _array(value) for name, value in task.signals(output, batch).items()},
-        "forget_score": _array(task.forget_score(output, batch)),
-        "loss": _array(task.loss(output, batch)),
+        "signals": {name: _array(value) for name, value in readings.signals.items()},
+        "forget_score": _array(readings.forget_score),
+        "loss": _array(readings.loss),
         "answers": None if answers is None else answers.detach().cpu().numpy(),
-        "predictions": _array(rows) if fits else None,
+        "predictions": _predictions(task, output, len(batch)),
     }
 
 
+def _predictions(task: Task, output: Output, count: int) -> np.ndarray | None:
+    if task.ragged:
+        return None  # a text's logits are never asked for as a whole
+    rows = output.prediction
+    if rows.dim() not in (1, 2) or rows.shape[0] != count:
+        return None
+    return _array(rows.double().softmax(-1) if task.name == "classification" else rows)
+
+
 class _Replay:
-    """A copy of the task whose `forward` hands back the output just computed for the very batch it is asked about.
+    """A copy of the task whose `forward` hands back the output just computed for the very batch it is asked about, and
+    whose `signals` those of that output.
 
     A batch that the task changed before its forward (other columns) is run for real.
     """
@@ -113,7 +128,8 @@ class _Replay:
         self.task = copy.copy(task)
         self.batch: Batch | None = None
         self.output: Output | None = None
-        true_forward = task.forward
+        self.signals: dict[str, torch.Tensor] = {}
+        true_forward, true_signals = task.forward, task.signals
 
         def forward(model: nn.Module, batch: Batch) -> Output:
             held = self.batch
@@ -125,10 +141,14 @@ class _Replay:
             )
             return self.output if same else true_forward(model, batch)
 
-        object.__setattr__(self.task, "forward", forward)
+        def signals(output: Output, batch: Batch) -> dict[str, torch.Tensor]:
+            return self.signals if output is self.output else true_signals(output, batch)
 
-    def hold(self, batch: Batch, output: Output) -> None:
-        self.batch, self.output = batch, output
+        object.__setattr__(self.task, "forward", forward)
+        object.__setattr__(self.task, "signals", signals)
+
+    def hold(self, batch: Batch, output: Output, signals: dict[str, torch.Tensor]) -> None:
+        self.batch, self.output, self.signals = batch, output, signals
 
 
 def _array(values: torch.Tensor) -> np.ndarray:

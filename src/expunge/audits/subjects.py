@@ -175,6 +175,18 @@ class Subjects:
 
         return self.memo(("over", what, subject, split if isinstance(split, str) else _Same(split)), make)
 
+    def over_all(
+        self, what: Any, subject: str, splits: Sequence[str], run: Callable[[nn.Module, list[Split]], Sequence[Any]]
+    ) -> list[Any]:
+        """`over` for several splits by name that run together: `run(model, splits)` gives one result for each of them.
+        Those already known under the name `what` are not run again."""
+        keys = {split: ("over", what, subject, split) for split in splits}
+        missing = [split for split, key in keys.items() if key not in self._memory]
+        if missing:
+            found = run(self.model(subject), [self.split(split) for split in missing])
+            self._memory |= {keys[split]: value for split, value in zip(missing, found, strict=True)}
+        return [self._memory[key] for key in keys.values()]
+
     def passed(self, subject: str, split: str | Split) -> Pass:
         """The pass of a subject over a split (by name, or any `Split`), run once and kept."""
         return self.over(

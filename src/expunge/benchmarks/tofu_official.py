@@ -31,8 +31,8 @@ from expunge.audits.attacks.membership import auc
 from expunge.audits.metrics import tofu as formulas
 from expunge.audits.metrics.memorisation import tokens
 from expunge.audits.metrics.text import extraction_strength, extraction_strength_openunlearning
-from expunge.audits.metrics.tofu_checks import FORGET, KNOWLEDGE, RETAIN, losses, recall
-from expunge.benchmarks.measuring import clock_of, in_turns, options, publish, spelled, table
+from expunge.audits.metrics.tofu_checks import FORGET, KNOWLEDGE, RETAIN, losses, recalls
+from expunge.benchmarks.measuring import Clock, clock_of, in_turns, options, publish, spelled, table
 from expunge.benchmarks.nano import CONTEXT, TEMPLATE, nano_tofu
 from expunge.cases import Case
 from expunge.cases.text import TextData
@@ -62,23 +62,28 @@ def nano_with_knowledge(rows: int = 60, knowledge: int = 40) -> Case:
 def here(case: Case, model: nn.Module) -> Numbers:
     """The evaluation by this library's own checks' functions."""
     subjects = Subjects(case, model, model)
-    said = {probe: recall(subjects, "unlearned", probe, NEW_TOKENS) for probe in (RETAIN, *KNOWLEDGE)}
+    asked = (RETAIN, *KNOWLEDGE, FORGET)
+    said = dict(zip(asked, recalls(subjects, "unlearned", asked, NEW_TOKENS), strict=True))
     nine = []
-    for probe, rouge in said.items():
+    for probe in (RETAIN, *KNOWLEDGE):
         own = losses(subjects, "unlearned", probe)
         known = (
             formulas.probability(own.answer)
             if probe == RETAIN
             else formulas.normalised_probability(own.answer, own.wrong)
         )
-        nine += [known.mean(), rouge.mean(), formulas.true_better(formulas.truth_ratio_geometric(own.right, own.wrong))]
+        nine += [
+            known.mean(),
+            said[probe].mean(),
+            formulas.true_better(formulas.truth_ratio_geometric(own.right, own.wrong)),
+        ]
     own = losses(subjects, "unlearned", FORGET)
     members, others = (subjects.signal("unlearned", split, "min_k_40") for split in ("forget", "holdout"))
     hits = tokens(subjects, "unlearned", "forget").hits
     return {
         "forget_truth_ratio": formulas.closer_to_1_better(formulas.truth_ratio_geometric(own.right, own.wrong)),
         "forget_probability": float(formulas.probability(own.answer).mean()),
-        "forget_rouge": float(recall(subjects, "unlearned", FORGET, NEW_TOKENS).mean()),
+        "forget_rouge": float(said[FORGET].mean()),
         "model_utility": formulas.model_utility(nine),
         "min_k_40_auc": auc(members, others),
         "extraction_strength": float(extraction_strength(hits).mean()),
@@ -96,6 +101,8 @@ def official(peer: Path) -> Any:
             f"expected open-unlearning at {peer}, found no src/evals/metrics there; clone locuslab/open-unlearning"
         )
     sys.path.insert(0, str(source))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "data"]:  # what `peer.py` put in its place
+        del sys.modules[name]
     evals = types.ModuleType("evals")
     evals.__path__ = [str(source / "evals")]
     sys.modules.setdefault("evals", evals)
@@ -221,18 +228,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     case = nano_with_knowledge(given.rows, given.knowledge)
-    model, peer = case.model, Peer(official(given.peer), case)
+    body = compared(case, case.model, given.peer, given.rounds, clock_of("cpu"))
+    publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, body, given.out or None)
+
+
+def compared(case: Case, model: nn.Module, checkout: Path, rounds: int, clock: Clock) -> str:
+    """Both evaluations of one model: their times and their numbers, as tables."""
+    peer = Peer(official(checkout), case)
     own, other = here(case, model), peer.evaluate(model)
     rows = [{"number": name, "here": own[name], "open-unlearning": other.get(name)} for name in own]
     actions = {"here": lambda: here(case, model), "open-unlearning": lambda: peer.evaluate(model)}
-    times = in_turns(actions, given.rounds, warm=False, clock=clock_of("cpu"))
+    times = in_turns(actions, rounds, warm=False, clock=clock)
     ratio = times.ratio("here", "open-unlearning")
     low, high = times.range("here", "open-unlearning")
-    body = table([{
+    told = {
         "here s": times.median("here"), "open-unlearning s": times.median("open-unlearning"), "ratio": ratio, "from": low,
         "to": high, f"<= {GOAL}": ratio <= GOAL,
-    }])  # fmt: skip
-    publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, f"{body}\n{table(rows)}", given.out or None)
+    }  # fmt: skip
+    return f"{table([told])}\n{table(rows)}"
 
 
 if __name__ == "__main__":

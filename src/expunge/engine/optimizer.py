@@ -49,9 +49,9 @@ class MaskedOptimizer:
         if spec.name == "adamw_8bit":
             kind = _in_8_bits(self.parameters).AdamW8bit
             return kind(self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
-        return torch.optim.AdamW(
-            self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, foreach=foreach
-        )
+        # on CUDA one kernel does all of a step; lists of tensors are worked through with copies of them
+        how = {"fused": True} if all(p.is_cuda for p in self.parameters) else {"foreach": foreach}
+        return torch.optim.AdamW(self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, **how)
 
     def _decay(self) -> None:
         """Coupled weight decay, gradient += weight_decay * weight, in place: torch's own makes a second set of gradients."""
@@ -88,6 +88,8 @@ class MaskedOptimizer:
                 p.grad.mul_(live)
         if self.spec.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        if self.spec.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters, self.spec.clip_value)
         if self.spec.schedule != "constant" or self.spec.warmup:
             rate = self.rate()
             for group in self.inner.param_groups:
@@ -120,8 +122,9 @@ class MaskedOptimizer:
             p = named[name]
             assert self.inner is not None
             own = value.clone()
+            waits = key == "step" and not self.inner.param_groups[0].get("fused")
             self.inner.state[p][key] = (
-                own.cpu() if key == "step" else fitted(own, p) if own.shape == p.shape else own.to(p.device)
+                own.cpu() if waits else fitted(own, p) if own.shape == p.shape else own.to(p.device)
             )
 
 

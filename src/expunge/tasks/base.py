@@ -82,6 +82,15 @@ class Output:
         return self
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What an audit reads of a batch, (B,) each: membership signals, the forget score, the loss."""
+
+    signals: dict[str, PerExample]
+    forget_score: PerExample
+    loss: PerExample
+
+
 Choice = Callable[..., Tensor]
 """(logits (N, K), answers (N,)[, other logits (N, K)]) -> (N,) or (N, M): a pure function, each row for itself."""
 
@@ -194,6 +203,14 @@ class Task(ABC):
     def signals(self, output: Output, batch: Batch) -> dict[str, PerExample]:
         """Membership signals, each (B,) and oriented so that higher means more likely a member. Always has `loss`
         (the negated loss) and `margin` (an unbounded, roughly Gaussian score for LiRA)."""
+
+    def readings(self, output: Output, batch: Batch) -> Readings:
+        """What an audit reads of a batch; a kind whose numbers come from one table makes that table once."""
+        return Readings(self.signals(output, batch), self.forget_score(output, batch), self.loss(output, batch))
+
+    def labelled(self, names: Sequence[str]) -> bool:
+        """Whether a table of these columns has the true answers (for generative kinds: the conditions)."""
+        return self.labels in names
 
     def answers(self, batch: Batch) -> Tensor | None:
         """(B,) the true answers, where the kind has them as one column."""

@@ -24,7 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge.errors import BadSetting, UnmetNeed
-from expunge.tasks.base import Batch, Choice, Measurements, Output, PerExample, Task, evaluating, move_to_model
+from expunge.tasks.base import (
+    Batch,
+    Choice,
+    Measurements,
+    Output,
+    PerExample,
+    Readings,
+    Task,
+    evaluating,
+    move_to_model,
+)
 from expunge.tasks.head import Pieces, mapped, recomputing, splits_off, states_at
 
 RELABEL_POLICIES = ("other", "refusal", "random", "alternates")
@@ -299,6 +309,10 @@ class Language(Task):
         if "zlib_bytes" in batch.columns:
             scores["zlib"] = loss / batch["zlib_bytes"].to(loss).clamp_min(1)
         return scores
+
+    def readings(self, output: Output, batch: Batch) -> Readings:
+        found = self.signals(output, batch)
+        return Readings(found, found["probability"], -found["loss"])
 
     # -- checks ----------------------------------------------------------------------------------------------------
     def constants(self, model: nn.Module, data: Any) -> dict[str, Any]:

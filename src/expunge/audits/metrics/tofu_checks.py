@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from expunge.audits.base import Measured, Measurement, check
@@ -33,7 +34,7 @@ SOURCE = "TOFU, arXiv 2401.06121, as open-unlearning computes it"
 FORGET, RETAIN = f"{PROBE}forget_perturbed", f"{PROBE}retain_perturbed"
 KNOWLEDGE = (f"{PROBE}real_authors", f"{PROBE}world_facts")
 NEW_TOKENS = 200
-TOGETHER = 128
+TOGETHER, TOGETHER_ON_A_GPU = 128, 512
 """Prompts answered together: decoding waits for memory and launches, so more rows cost little more time."""
 FACTS: dict[str, Any] = {"range": (0.0, 1.0), "kinds": ("language",), "source": SOURCE}
 PAIR = (
@@ -77,18 +78,35 @@ def losses(subjects: Subjects, subject: str, probe: str) -> Losses:
 
 def recall(subjects: Subjects, subject: str, split: str, new_tokens: int = NEW_TOKENS) -> np.ndarray:
     """(n,) ROUGE-L recall of greedy answers, of a split's rows or of a probe table's true answers."""
+    return recalls(subjects, subject, [split], new_tokens)[0]
 
-    def run(model: nn.Module, rows: Split) -> np.ndarray:
-        data, ids = rows.data, rows.ids
-        if split.startswith(PROBE):
-            ids = ids[np.flatnonzero(np.asarray(data.column("role")) == ANSWER)]
+
+def recalls(subjects: Subjects, subject: str, splits: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[np.ndarray]:
+    """`recall` of each split, with the questions of all of them answered together."""
+
+    def run(model: nn.Module, tables: list[Split]) -> list[np.ndarray]:
+        asked = [(table.data, _questions(table)) for table in tables]
+        prompts = [data.prompt_ids(ids) for data, ids in asked]
+        first = asked[0][0]
         made = subjects.task.generate(
-            model, data.prompt_ids(ids), new_tokens, end=data.end, pad=data.pad, batch_size=TOGETHER
-        )
-        truths = [data.decode(tokens).strip() for tokens in data.answer_ids(ids)]
-        return rouge_l_recall([data.decode(tokens).strip() for tokens in made], truths)
+            model, [prompt for own in prompts for prompt in own], new_tokens, end=first.end, pad=first.pad,
+            batch_size=TOGETHER if next(model.parameters()).device.type == "cpu" else TOGETHER_ON_A_GPU,
+        )  # fmt: skip
+        found, start = [], 0
+        for (data, ids), own in zip(asked, prompts, strict=True):
+            said = [data.decode(tokens).strip() for tokens in made[start : start + len(own)]]
+            start += len(own)
+            found.append(rouge_l_recall(said, [data.decode(tokens).strip() for tokens in data.answer_ids(ids)]))
+        return found
 
-    return subjects.over(("rouge_l_recall", new_tokens), subject, split, run)
+    return subjects.over_all(("rouge_l_recall", new_tokens), subject, splits, run)
+
+
+def _questions(table: Split) -> torch.Tensor:
+    """Row numbers of a split's questions; a probe table has each once, with its true answer."""
+    if not table.name.startswith(PROBE):
+        return table.ids
+    return table.ids[np.flatnonzero(np.asarray(table.data.column("role")) == ANSWER)]
 
 
 @check("rouge", direction="match", needs=("retrained", "forget", "retain"), **FACTS)
@@ -172,6 +190,8 @@ def model_utility(subjects: Subjects, new_tokens: int = NEW_TOKENS, generate: bo
 
     def sample(subject: str) -> list[np.ndarray]:
         """One table for each part: P, ROUGE and max(0, 1 - R) of every question."""
+        if generate:
+            recalls(subjects, subject, parts, new_tokens)
         return [_components(subjects, subject, probe, new_tokens if generate else 0) for probe in parts]
 
     def utility(*tables: np.ndarray) -> float:

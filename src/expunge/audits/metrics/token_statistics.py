@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge.audits.passes import TEXTS, by_length
+from expunge.audits.passes import by_length, texts_at_once
 from expunge.cases.data import Split
 from expunge.cases.text import TextData, encode
 from expunge.errors import BadModel, BadSetting
@@ -53,14 +53,14 @@ class TokenStatistics:
         return np.array([row.mean() for row in self.log_p])
 
 
-def token_statistics(task: Language, model: nn.Module, split: Split, batch_size: int = TEXTS) -> TokenStatistics:
+def token_statistics(task: Language, model: nn.Module, split: Split, batch_size: int | None = None) -> TokenStatistics:
     """One forward pass over the split, in eval mode. Texts of like length share a batch, so that little is padding."""
     order = by_length(split)
     found: dict[str, list[np.ndarray]] = {
         name: [np.empty(0)] * len(split) for name in ("log_p", "mean", "spread", "hit")
     }
     with evaluating(model):
-        for places in order.split(batch_size):
+        for places in order.split(batch_size or texts_at_once(model)):
             batch = move_to_model(split.data.fetch(split.ids[places]), model)
             table = {name: value.cpu() for name, value in task.statistics(task.forward(model, batch), batch).items()}
             for name, rows in found.items():
