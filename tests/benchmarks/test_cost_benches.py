@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from expunge.benchmarks import gpu, kill, measuring, memory, overhead, speed, ssd_official
+from expunge.benchmarks.testbed import shifted_or_mirrored
 from expunge.engine.execute import peak_memory_mb
 from expunge.parts.plan import Optimizer
+from expunge.tasks.base import Batch
 
 # The official algorithm (Foster et al., eqs. 2-5) written the long way: what `ssd_official` must agree with when no checkout is here.
 PEER = """
@@ -108,7 +110,7 @@ def test_speed_relates_methods_to_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
 
     case = toy("class").case
     able, unable = speed.served(case, ["ssd", "gaussian_amnesiac", "retrain", "grad_ascent"])
-    assert list(able) == ["grad_ascent", "ssd"] and "regression" in unable["gaussian_amnesiac"]
+    assert list(able) == ["ssd", "grad_ascent"] and "regression" in unable["gaussian_amnesiac"]
     monkeypatch.setattr(speed, "one_epoch", lambda case, seed: 2.0)
     rows = speed.run(case, able, around=4, repeats=1)
     assert {row["method"] for row in rows} == {"ssd", "grad_ascent"}
@@ -116,6 +118,27 @@ def test_speed_relates_methods_to_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         assert row["ratio (40 epochs)"] == pytest.approx(row["s"] / 80.0)
         assert row["ratio (182 epochs)"] == pytest.approx(row["s"] / 364.0)
     assert [row["met"] for row in rows if row["method"] == "ssd"] == [True]
+    assert speed.served(case, None, skip=["ssd"])[1]["ssd"] == "left out by --skip"
+
+
+def test_pictures_are_shifted_and_mirrored_as_by_hand() -> None:
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    moved = shifted_or_mirrored(Batch(torch.arange(6), {"inputs": x}), torch.Generator().manual_seed(0))["inputs"]
+    draws = torch.randint(0, 9, (3, 6), generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    for i, (down, right, mirrored) in enumerate(draws.T.tolist()):
+        one = padded[i, :, down : down + 32, right : right + 32]
+        assert torch.equal(moved[i], one.flip(-1) if mirrored % 2 else one)
+
+
+def test_both_precisions_are_run_and_told_apart() -> None:
+    from tests.toys import toy
+
+    row = gpu.halves(toy("class").case, ["grad_ascent"], rounds=1)[0]
+    assert row["time ratio"] == pytest.approx(row["bf16, s"] / row["float32, s"])
+    assert all(
+        0 <= row[f"{split}, {kind}"] <= 1 for split in ("forget", "retain", "test") for kind in ("float32", "bf16")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +157,10 @@ def test_killed_runs_end_with_the_undisturbed_tensors(killed: tuple[list[dict[st
 
 def test_without_a_gpu_nothing_is_claimed(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        assert gpu.main(["--rounds", "1", "--rows", "256", "--epochs", "1", "--out", ""])["loop"]["device"] == "cuda"
+        assert (
+            "| cuda |"
+            in gpu.main(["--parts", "loop", "--rounds", "1", "--rows", "256", "--epochs", "1", "--out", ""])["loop"]
+        )
     else:
         assert gpu.main([]) == {} and "no CUDA device" in capsys.readouterr().out
 

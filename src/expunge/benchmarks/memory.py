@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from expunge.parts.plan import Optimizer, Plan, Training
 
 NAME = "memory"
 BASE, CONTROL = "fine_tune", "control"
+SHAPES = ("10x1750", "2x5400")
 
 
 def build_of(shape: str) -> partial[nn.Sequential]:
@@ -44,12 +46,12 @@ def build_of(shape: str) -> partial[nn.Sequential]:
     return partial(mlp, 64, (width,) * depth, 10)
 
 
-def setup(shape: str, rows: int) -> Case:
+def setup(shape: str, rows: int, device: str = "cpu") -> Case:
     """An MLP on digits, untrained: memory does not depend on what it knows."""
     x, y, x_test, y_test = digits(rows)
     build = build_of(shape)
     torch.manual_seed(0)
-    return Case(build(), TensorData(inputs=x.flatten(1), labels=y), requests.label(3), recipe=Training(epochs=1), build=build,
+    return Case(build().to(device), TensorData(inputs=x.flatten(1), labels=y), requests.label(3), recipe=Training(epochs=1), build=build,
                 test=TensorData(inputs=x_test.flatten(1), labels=y_test))  # fmt: skip
 
 
@@ -60,9 +62,9 @@ def same_optimizer(plan: Plan) -> Plan:
     return plan.with_(optimizer=chosen, terms=terms)
 
 
-def work(method: str, shape: str, rows: int, same: bool) -> None:
+def work(method: str, shape: str, rows: int, same: bool, device: str = "cpu") -> None:
     """What a worker does: build the case and run the method on it; "idle" only builds."""
-    case = setup(shape, rows)
+    case = setup(shape, rows, device)
     if method == "idle":
         return
     frozen = copy.deepcopy(case.model) if method == CONTROL else None
@@ -73,20 +75,14 @@ def work(method: str, shape: str, rows: int, same: bool) -> None:
     del frozen
 
 
-def measure(methods: list[str], shape: str, rows: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per method: its own optimizer, and the same as fine-tuning's."""
-    shared = ("--shapes", shape, "--rows", str(rows))
-
-    def peak(method: str, *more: str) -> float:
-        runs = [in_process(f"expunge.benchmarks.{NAME}", "--worker", method, *shared, *more) for _ in range(repeats)]
-        return min(run["peak_mb"] for run in runs)
-
+def measure(methods: list[str], shape: str, peak: Callable[[str, bool], float]) -> list[dict[str, Any]]:
+    """One row per method: with fine-tuning's optimizer, and with its own. peak: (method, whether with fine-tuning's) -> MiB."""
     weights = sum(p.numel() for p in build_of(shape)().parameters()) * 4 / 2**20
-    idle, base = peak("idle"), peak(BASE, "--same")
+    idle, base = peak("idle", False), peak(BASE, True)
     found = []
     for same in (True, False):
         for method in [BASE, *methods, *([CONTROL] if same else [])]:
-            whole = peak(method, "--same") if same else peak(method)
+            whole = peak(method, same)
             found.append({
                 "shape": shape, "method": method, "optimizer": "fine_tune's" if same else "its own", "weights, MiB": weights,
                 "idle, MiB": idle, "peak, MiB": whole, "ratio": whole / base, "ratio net of idle": (whole - idle) / (base - idle),
@@ -94,10 +90,20 @@ def measure(methods: list[str], shape: str, rows: int, repeats: int) -> list[dic
     return found
 
 
+def in_processes(shape: str, rows: int, repeats: int) -> Callable[[str, bool], float]:
+    """Peak resident memory of a process of its own, the least of `repeats`."""
+
+    def peak(method: str, same: bool) -> float:
+        shared = ("--worker", method, "--shapes", shape, "--rows", str(rows), *(["--same"] if same else []))
+        return min(in_process(f"expunge.benchmarks.{NAME}", *shared)["peak_mb"] for _ in range(repeats))
+
+    return peak
+
+
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = options(NAME, __doc__)
     parser.add_argument("--methods", nargs="+", default=["npo", "scrub"])
-    parser.add_argument("--shapes", nargs="+", default=["10x1750", "2x5400"], help="hidden layers x width")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="hidden layers x width")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--worker", help="internal: run one method (or 'idle'), print the peak")
@@ -109,7 +115,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         print(json.dumps({"peak_mb": peak_memory_mb()}))
         return []
     start = time.perf_counter()
-    rows = [row for shape in given.shapes for row in measure(given.methods, shape, given.rows, given.repeats)]
+    rows = [
+        row
+        for shape in given.shapes
+        for row in measure(given.methods, shape, in_processes(shape, given.rows, given.repeats))
+    ]
     body = f"Peak resident memory of a process of its own, over fine_tune's; goal: ratio <= 1.15.\n\n{table(rows)}"
     publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, body, given.out or None)
     return rows

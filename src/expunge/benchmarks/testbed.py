@@ -8,6 +8,7 @@ memorised and the retrained model gives the right ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -20,6 +21,7 @@ from expunge.engine import fit
 from expunge.parts.plan import Optimizer, Training
 from expunge.seeds import generator
 from expunge.tasks import Regression
+from expunge.tasks.base import Batch
 
 
 class DigitsNet(nn.Module):
@@ -66,6 +68,22 @@ class Block(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return (self.body(inputs) + self.side(inputs)).relu()
+
+
+class ResNet18(nn.Module):
+    """The residual network of 18 layers with a stem for (B, 3, 32, 32), as unlearning papers use it; 11.2 million parameters."""
+
+    def __init__(self, width: int = 64, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.stages = nn.Sequential(*(
+            nn.Sequential(Block(a, b, 1 if a == b else 2), Block(b, b, 1)) for a, b in zip(widths, widths[1:], strict=False)
+        ))  # fmt: skip
+        self.classifier = nn.Linear(8 * width, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.classifier(self.stages(self.stem(inputs)).mean((2, 3)))
 
 
 def digits(train: int = 600) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,15 +159,31 @@ def cifar(train: int = CIFAR_ROWS, test: int = CIFAR_TEST, first: int = 0) -> tu
     return (x - mean) / std, y, (x_test - mean) / std, y_test
 
 
+def shifted_or_mirrored(batch: Batch, rng: torch.Generator) -> Batch:
+    """Pictures (B, 3, H, W) shifted by up to four pixels each way, zeros coming in, and mirrored in four cases
+    of nine."""
+    x = batch["inputs"]
+    count, _, height, width = x.shape
+    down, right, mirrored = torch.randint(0, 9, (3, count), generator=rng).to(x.device)[:, :, None]
+    rows = down + torch.arange(height, device=x.device)
+    columns = right + torch.arange(width, device=x.device)
+    columns = torch.where(mirrored % 2 == 1, columns.flip(1), columns)
+    one = torch.arange(count, device=x.device)[:, None, None]
+    moved = nn.functional.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)[one, rows[:, :, None], columns[:, None, :]]
+    return batch.with_columns(inputs=moved.permute(0, 3, 1, 2).contiguous())
+
+
 def cifar_case(
-    seed: int = 0, kind: str = "class", train: int = CIFAR_ROWS, recipe: Training = CIFAR_RECIPE, first: int = 0
-) -> Case:
+    seed: int = 0, kind: str = "class", train: int = CIFAR_ROWS, recipe: Training = CIFAR_RECIPE, first: int = 0,
+    build: Callable[[], nn.Module] = ResNet8, device: str = "cpu", augment: Callable[..., Batch] | None = None,
+) -> Case:  # fmt: skip
     """A small ResNet on a CIFAR-10 subset, trained to fit it; the request is class 3 (cat) or 5% mislabelled rows."""
     x, y, x_test, y_test = cifar(train, first=first)
     labels, rows = with_wrong_labels(y, train // 20 if kind == "memorised" else 0, 10)
-    data = TensorData(inputs=x, labels=labels, clean_labels=y)
-    test = TensorData(inputs=x_test, labels=y_test)
-    case = Case(ResNet8(), data, requests.label(3), test=test, recipe=recipe, build=ResNet8, name="cifar10-class")
+    data = TensorData(inputs=x.to(device), labels=labels, clean_labels=y)  # pictures where the model is, labels here
+    test = TensorData(inputs=x_test.to(device), labels=y_test)
+    case = Case(build().to(device), data, requests.label(3), test=test, recipe=recipe, build=build, augment=augment,
+                name="cifar10-class")  # fmt: skip
     case = case.with_(model=fit(case, "train", seed))
     return memorised(case, rows, "cifar10-memorised") if kind == "memorised" else case
 

@@ -140,7 +140,7 @@ def run(
     else:
         case = tofu_case(model, split, **settings)
         golds["cache"] = Path(folder) / ".golds"
-        for name, place in (("gold", retrained), ("floor", second)):
+        for name, place in (("gold", retrained), ("second", second)):
             if place is not None:
                 golds[name] = load_model(place)
     some = case if isinstance(case, Case) else case(seeds[0])
@@ -154,4 +154,5 @@ def wanted(case: Case, checks: Sequence[str], attacks: bool | Sequence[str] | No
     """The checks that the case can meet, and those of the attacks that are run."""
     met = [name for name in checks if "holdout" in case.splits or "holdout" not in find_check(name).needs]
     battery = () if attacks is False else find_attacks(None if attacks in (None, True) else attacks, case.task.name)  # type: ignore[arg-type]
-    return met + [attack.name for attack in battery if attack.name not in met]
+    serving = [a.name for a in battery if case.task.name in (find_check(a.name).kinds or (case.task.name,))]
+    return met + [name for name in serving if name not in met]
