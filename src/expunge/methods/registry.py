@@ -135,6 +135,11 @@ class Configured:
             )
 
 
+def _writes(case: Case) -> bool:
+    """Whether the model can be asked in text."""
+    return getattr(case.data, "tokenizer", None) is not None and hasattr(case.model, "generate")
+
+
 NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
     "retain": (lambda c: len(c.split("retain")) > 0, "retain data; keep some training data in the case"),
     "labels": (
@@ -155,8 +160,9 @@ NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
         "answers that decline; pass question_answer(..., refusals=[...])",
     ),
     "alternates": (
-        lambda c: c.task.name != "language" or getattr(c.data, "alternates", None) is not None,
-        "other answers to each question; pass question_answer(..., alternates=[[...], ...])",
+        lambda c: c.task.name != "language" or getattr(c.data, "alternates", None) is not None or _writes(c),
+        "other answers to each question; pass question_answer(..., alternates=[[...], ...]), or data with its tokenizer and a "
+        "model that generates, to write them",
     ),
     "mixture": (
         lambda c: bool(mixtures(c.model)),

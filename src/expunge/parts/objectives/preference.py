@@ -7,14 +7,16 @@ with a frozen model's; SimNPO compares the mean per token with a constant, and n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from expunge.errors import BadSetting
+from expunge.parts.alternates import Writing, written
 from expunge.parts.objectives.base import Objective, answered
 from expunge.parts.step import Step
-from expunge.tasks.base import PerExample
+from expunge.tasks.base import PerExample, evaluating
 
 
 def npo_loss(log_likelihood: PerExample, reference_log_likelihood: PerExample, beta: float) -> PerExample:
@@ -92,6 +94,7 @@ class Prefer(Objective):
     policy: str = "refusal"
     form: str = "dpo"
     reference: str = "original"
+    writing: Writing | None = None
 
     def __post_init__(self) -> None:
         _check_beta(self.beta, "relabel() with ascend()")
@@ -102,9 +105,18 @@ class Prefer(Objective):
     def reads(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
         return ((self.reference, "log_likelihood"),)
 
+    def prepare(self, workbench: Any, split: str) -> Any:
+        """Where other answers are to be written: row number -> answers, by the model that the request came with."""
+        if self.writing is None:
+            return None
+        with evaluating(workbench.original):
+            return written(workbench.task, workbench.original, workbench.splits[split], workbench.seed, self.writing)
+
     def __call__(self, step: Step) -> PerExample:
-        task = step.task
-        other = task.relabel(step.batch, step.rng, self.policy)
+        task, batch = step.task, step.batch
+        if self.writing is not None:
+            batch = batch.with_columns(_alternates=step.scratch["memory"])
+        other = task.relabel(batch, step.rng, self.policy)
         with torch.no_grad():
             before = task.log_likelihood(step.references.fresh(self.reference, other), other)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.form == "dpo"):
@@ -114,7 +126,7 @@ class Prefer(Objective):
         return PREFERENCES[self.form](chosen, rejected, self.beta)
 
     def __str__(self) -> str:
-        return f"{self.form}({self.policy}, β={self.beta:g})"
+        return f"{self.form}({'written' if self.writing else self.policy}, β={self.beta:g})"
 
 
 PREFERENCES = {"dpo": dpo_loss, "kto": kto_loss}
@@ -130,9 +142,12 @@ def simnpo(beta: float = 4.5, delta: float = 0.0) -> Objective:
     return SimNPO(beta, delta)
 
 
-def dpo(beta: float = 0.1, policy: str = "refusal", reference: str = "original") -> Objective:
-    """Prefer an answer drawn by `task.relabel(policy)`, anew at every step, to the example's own."""
-    return Prefer(beta, policy, "dpo", reference)
+def dpo(
+    beta: float = 0.1, policy: str = "refusal", reference: str = "original", writing: Writing | None = None
+) -> Objective:
+    """Prefer an answer drawn by `task.relabel(policy)`, anew at every step, to the example's own. writing: with the policy
+    "alternates", the model writes these answers first (`parts.alternates`)."""
+    return Prefer(beta, policy, "dpo", reference, writing)
 
 
 def kto(beta: float = 0.1, policy: str = "refusal", reference: str = "original") -> Objective:
