@@ -131,8 +131,7 @@ def mini_canvas(split: str = "train", size: int = 8, objects: str = "digits", ro
 
     objects: "digits" (scikit-learn's 1,797, cut 75/25) or "cifar10" (its own 50,000/10,000). rows: the first ones alone.
     """
-    images, labels = pictures(split, size, objects)
-    images, labels = images[:rows], labels[:rows]
+    images, labels = pictures(split, size, objects, rows)
     return Canvas(
         torch.cat([styled(images, style) for style in STYLES]), torch.arange(len(STYLES)).repeat_interleave(len(images)),
         labels.repeat(len(STYLES)), OBJECTS[objects],
@@ -140,7 +139,9 @@ def mini_canvas(split: str = "train", size: int = 8, objects: str = "digits", ro
 
 
 @cache
-def pictures(split: str = "train", size: int = 8, objects: str = "digits") -> tuple[Tensor, Tensor]:
+def pictures(
+    split: str = "train", size: int = 8, objects: str = "digits", rows: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(N, C, size, size) float32 in [-1, 1] and labels (N,): plain images, C = 1 for digits and 3 for CIFAR-10.
 
     Digits are k / 8 - 1 for k = 0..16; other sizes are resized, bilinearly up and by area down.
@@ -160,8 +161,10 @@ def pictures(split: str = "train", size: int = 8, objects: str = "digits") -> tu
     else:
         from expunge.cases.datasets import cifar10
 
-        table = getattr(cifar10(normalise=False), split)
+        wanted = {"train": 1, "test": 1, split: rows}
+        table = getattr(cifar10(normalise=False, **wanted), split)
         images, labels = table.column("inputs").float() / 127.5 - 1, table.column("labels")
+    images, labels = images[:rows], labels[:rows]
     if size > images.shape[-1]:
         images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     elif size < images.shape[-1]:

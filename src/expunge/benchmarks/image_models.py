@@ -203,12 +203,13 @@ def identity_autoencoder(size: int) -> Any:
     A sqrt(2 / 8) to within (x / A)^2, its weight multiplies this back, and silu(x) - silu(-x) = x undoes the activation.
     """
     width, constant = 8, 1000.0
-    autoencoder = need_extra("diffusers", "generation").AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(width,), norm_num_groups=1,
-        layers_per_block=1, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-        scaling_factor=1.0, force_upcast=False, use_quant_conv=False, use_post_quant_conv=False,
-        mid_block_add_attention=False, sample_size=size,
-    )  # fmt: skip
+    with _seeded(0):  # every weight is set below, and the global generator left as it was
+        autoencoder = need_extra("diffusers", "generation").AutoencoderKL(
+            in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(width,), norm_num_groups=1,
+            layers_per_block=1, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+            scaling_factor=1.0, force_upcast=False, use_quant_conv=False, use_post_quant_conv=False,
+            mid_block_add_attention=False, sample_size=size,
+        )  # fmt: skip
     with torch.no_grad():
         for name, weight in autoencoder.named_parameters():
             if "conv" in name and "norm" not in name:
