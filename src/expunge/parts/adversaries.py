@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,10 @@ class Adversary:
     """What it minimises, where that is not to maximise the attacked terms (latent and input space)."""
     repeats: int = 1
     """Updates of the weights under one attack (latent and input space)."""
+
+    def on_split(self, name: str) -> Adversary:
+        """The same adversary on another split."""
+        return replace(self, on=name)  # type: ignore[type-var]
 
     def attack(self, step: Step, harm: Callable[[Step], Tensor]) -> Step:
         """The step that the terms see instead, with `clean` set to this one; harm: what to maximise (latent and input space)."""
@@ -231,6 +235,31 @@ class Average:
         start = math.ceil(self.start * total) if 0 < self.start < 1 else int(self.start)
         return step >= start and (step - start) % self.every == 0
 
+    def share(self, taken: int) -> float:
+        """How much of the mean the weights taken as number `taken` (from 1) are."""
+        return 1.0 / taken
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """mean <- decay * mean + (1 - decay) * weights after every update, from the weights before the first; the mean is what comes
+    out, and the weights themselves are what is trained (a generator's, 1710.10196)."""
+
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise BadSetting(f"expected a decay in 0..1 (1 left out), found {self.decay}; correct it")
+
+    def __str__(self) -> str:
+        return f"moving average({self.decay:g})"
+
+    def takes(self, step: int, total: int = 0) -> bool:
+        return True
+
+    def share(self, taken: int) -> float:
+        return 1.0 - self.decay
+
 
 def sam(rho: float = 0.01, on: str = "forget") -> Adversary:
     """Sharpness-aware: a small worst-case step of the weights before each gradient. rho: L2 over all weights."""
@@ -255,6 +284,11 @@ def curvature(lam: float = 0.1, mu: float = 0.01, on: str = "forget") -> Adversa
 def pgd(radius: float = 0.03, steps: int = 5, on: str = "forget", **settings: Any) -> Adversary:
     """Worst-case inputs within an L-infinity ball of `radius` (in the inputs' own unit)."""
     return InputAttack(radius, steps, on=on, **settings)
+
+
+def moving_average(decay: float = 0.999, half_life: float | None = None) -> MovingAverage:
+    """Exponential moving average of the weights, for `Plan(average=...)`. half_life: in updates, instead of a decay."""
+    return MovingAverage(0.5 ** (1.0 / half_life) if half_life else decay)
 
 
 def average(start: float = 0, every: int = 1) -> Average:

@@ -48,7 +48,7 @@ class Optimizer:
 
     name: adamw_8bit is adamw with its state in 8 bits (bitsandbytes, on CUDA only).
     lr: per step. momentum: sgd only. betas: of the adams. weight_decay: coupled (L2) for sgd and adam, decoupled for adamw.
-    clip: largest norm of the whole gradient, None for no clipping.
+    clip: largest norm of the whole gradient, None for no clipping. clip_value: largest size of any of its elements.
     schedule: `constant`, `cosine` and `linear` (both to zero over all steps), `steps` (x `decay` after each epoch of
     `milestones`). warmup: share of all steps with linearly rising lr.
     """
@@ -63,6 +63,7 @@ class Optimizer:
     decay: float = 0.1
     warmup: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    clip_value: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -225,7 +226,8 @@ def replace_plan(plan: Plan, **changes: Any) -> Plan:
 class Training:
     """A recipe that trains a model of the case's kind from its initialisation: what `retrained` means.
 
-    objective: default is the task's loss. Equal (recipe, rows, seed) give equal tensors.
+    objective: default is the task's loss. adversary, average: of the plan, such as a GAN's discriminator on whatever split is
+    trained on. Equal (recipe, rows, seed) give equal tensors.
     """
 
     epochs: int = 20
@@ -233,6 +235,8 @@ class Training:
     optimizer: Optimizer = Optimizer("sgd", lr=0.1, momentum=0.9)
     objective: Objective | None = None
     schedule: str | None = None
+    adversary: Any = None
+    average: Any = None
 
     def __post_init__(self) -> None:
         if self.schedule is not None:
@@ -242,7 +246,10 @@ class Training:
         """The recipe as a plan on one split."""
         from expunge.parts.objectives.likelihood import fit
 
-        settings = {"optimizer": self.optimizer, "epochs": self.epochs, "batch_size": self.batch_size} | changes
+        settings: dict[str, Any] = {"optimizer": self.optimizer, "epochs": self.epochs, "batch_size": self.batch_size}
+        settings |= {"average": self.average} if self.average is not None else {}
+        settings |= {"adversary": self.adversary.on_split(on)} if self.adversary is not None else {}
+        settings |= changes
         return Plan(Term(self.objective or fit(), on=on), **settings)
 
     def describe(self) -> dict[str, Any]:

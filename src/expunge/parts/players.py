@@ -11,7 +11,7 @@ which finds the saddle of a convex-concave game where one exists (Goodfellow et 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -55,6 +55,10 @@ class Player(Adversary):
     def owns(self, parameter: str) -> bool:
         """Whether a parameter of the network under training is the player's to move."""
         return self.part is not None and parameter.removeprefix("base_model.model.").startswith(f"{self.part}.")
+
+    def on_split(self, name: str) -> Player:
+        """The same player with all its terms on another split."""
+        return replace(self, terms=tuple(replace(term, on=name) for term in self.terms))
 
     def __str__(self) -> str:
         how = [f"{self.steps} steps"] if self.steps > 1 else []

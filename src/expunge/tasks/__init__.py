@@ -8,12 +8,14 @@ from expunge.errors import BadSetting, nearest
 from expunge.tasks.base import Batch, Choice, Measurements, Output, PerExample, Task, evaluating, move_to_model
 from expunge.tasks.classification import Classification
 from expunge.tasks.diffusion import Diffusion
+from expunge.tasks.gan import Gan, GanPair
 from expunge.tasks.language import Language
 from expunge.tasks.regression import Regression
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "diffusion": Diffusion,
+    "gan": Gan,
     "language": Language,
     "regression": Regression,
 }
@@ -34,6 +36,6 @@ def task(which: str | Task | dict[str, Any]) -> Task:
 
 
 __all__ = [
-    "TASKS", "Batch", "Choice", "Classification", "Diffusion", "Language", "Measurements", "Output", "PerExample", "Regression",
+    "TASKS", "Batch", "Choice", "Classification", "Diffusion", "Gan", "GanPair", "Language", "Measurements", "Output", "PerExample", "Regression",
     "Task", "evaluating", "move_to_model", "task",
 ]  # fmt: skip
