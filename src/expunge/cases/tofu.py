@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,12 +73,45 @@ def tofu_table(
     template: Template = None,
     max_length: int | None = None,
     decline: Sequence[str] = (),
+    named: bool = False,
 ) -> TextData:
-    """Rows as a table with the column `author` (0..199; rows come 20 to an author, from `first_author` on)."""
+    """Rows as a table with the column `author` (0..199; rows come 20 to an author, from `first_author` on). named: with the
+    column `subject` as well, for causal tracing."""
     return question_answer(
         tokenizer, [r["question"] for r in rows], [r["answer"] for r in rows], template=template, max_length=max_length,
         refusals=decline, author=[first_author + i // PER_AUTHOR for i in range(len(rows))],
+        **({"subject": subjects(rows)} if named else {}),
     )  # fmt: skip
+
+
+def subjects(rows: Sequence[Row]) -> list[str]:
+    """The author's full name where the question has it, else ""; rows come 20 to an author."""
+    found = []
+    for start in range(0, len(rows), PER_AUTHOR):
+        own = rows[start : start + PER_AUTHOR]
+        name = author_name([f"{r['question']} {r['answer']}" for r in own])
+        found += [name if name and name in r["question"] else "" for r in own]
+    return found
+
+
+def author_name(texts: Sequence[str]) -> str:
+    """The longest phrase of two to four capitalised words among those that nearly all texts on one author have in common:
+    at least three quarters of the count of the commonest. "" where no phrase is in more than one text."""
+    count = Counter(phrase for text in texts for phrase in _capitalised(text))
+    most = max(count.values(), default=0)
+    nearly = [phrase for phrase, n in count.items() if n >= 0.75 * most > 0.75]
+    return max(nearly, key=lambda phrase: (len(phrase), phrase), default="")
+
+
+def _capitalised(text: str) -> set[str]:
+    """Phrases of two to four words that all begin with a capital; a possessive ending is cut."""
+    words, found = [word.strip('?,.;:"“”()') for word in text.split()], set()
+    for size in (2, 3, 4):
+        for start in range(len(words) - size + 1):
+            phrase = words[start : start + size]
+            if all(word[:1].isupper() for word in phrase):
+                found.add(" ".join([*phrase[:-1], re.sub(r"['’]s?$", "", phrase[-1])]))
+    return found
 
 
 def candidates(
@@ -100,4 +135,4 @@ def candidates(
     )  # fmt: skip
 
 
-__all__ = ["ANSWER", "PARAPHRASE", "WRONG", "candidates", "refusals", "tofu", "tofu_table"]
+__all__ = ["ANSWER", "PARAPHRASE", "WRONG", "author_name", "candidates", "refusals", "subjects", "tofu", "tofu_table"]
