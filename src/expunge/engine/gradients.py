@@ -17,11 +17,12 @@ from torch import Tensor
 from expunge.engine.distribution import Distribution, complete, fitted
 from expunge.errors import BadSetting
 from expunge.parts.adversaries import Adversary
+from expunge.parts.balances import Around
 from expunge.parts.plan import Plan
 from expunge.parts.step import Step
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gradients:
     """value: (term's place, step) -> (B,), the objective with its prepared memory."""
 
@@ -30,15 +31,18 @@ class Gradients:
     distribution: Distribution
     device: torch.device
     value: Callable[[int, Step], Tensor]
+    memory: Any = None
+    """What the plan's balance prepared."""
 
     def put(
         self, chosen: list[int], steps: dict[str, Step], parameters: list[Any], weights: dict[str, float],
-        factor: dict[int, float], draws: int, rng: Callable[[], torch.Generator],
+        factor: dict[int, float], draws: int, rng: Callable[[], torch.Generator], update: int = 0,
     ) -> dict[int, float]:  # fmt: skip
         """Put one gradient into every parameter's `.grad`; return each term's mean loss (before its weight).
 
         weights: split -> what this process's mean counts in the global one. factor: place -> what a term's mean is multiplied
         with. draws: the seed of the update's dropout, the same in every pass. rng: makes a weight-space adversary's generator.
+        update: its number, for a balance that does not act in every one.
         """
         terms = self.plan.terms
         losses: dict[int, float] = {}
@@ -92,7 +96,8 @@ class Gradients:
                 combined = [sum(parts) for parts in zip(*rows_of, strict=True)]
             else:
                 matrix = torch.stack([torch.cat([complete(g).reshape(-1) for g in row]) for row in rows_of])
-                flat = self.plan.balance.combine(matrix, [terms[w[0]].on for w in groups])
+                around = Around(tuple(p.numel() for p in parameters), update, self.memory)
+                flat = self.plan.balance.combine(matrix, [terms[w[0]].on for w in groups], around)
                 combined, start = [], 0
                 for p in parameters:
                     combined.append(fitted(flat[start : start + p.numel()].view(p.shape), p))
@@ -112,10 +117,13 @@ class Gradients:
 
 
 def seed_draws(seed: int, device: torch.device) -> None:
-    """`torch.manual_seed` for the device in use: before CUDA is initialised that function formats a stack trace at every call,
-    which costs more than an update of a small network."""
+    """`torch.manual_seed` for the device in use: that function formats a stack trace at every call for every kind of device that is
+    not initialised, which costs more than an update of a small network."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.default_generator.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)
     else:
         torch.manual_seed(seed)
 

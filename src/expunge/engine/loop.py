@@ -264,6 +264,10 @@ class Phase:
         for seat in self.seats:
             seat.ready(self, per_epoch)
         self.anchors = [[p.detach().clone() for p in o.parameters] for o in self.optimizers] if plan.proximal else []
+        if plan.balance is not None and self.optimizers:
+            saved, bench.model = bench.model, self.trained if self.trained_name == "model" else bench.model
+            self.gradients.memory = plan.balance.prepare(bench, list(self.optimizers[0].parameters))
+            bench.model = saved
 
     def _moves(self) -> list[tuple[Any, list[int]]]:
         """Terms grouped by the optimizer that moves for them: those of the plan first, then each with its own."""
@@ -449,6 +453,7 @@ class Phase:
                     factor,
                     draws,
                     partial(generator, self.seed, "adversary", *place),
+                    count,
                 )
                 optimizer.epoch = epoch
                 optimizer.step()
