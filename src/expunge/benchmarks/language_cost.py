@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.benchmarks.measuring import in_process, options, publish, spelled, table
+from expunge.benchmarks.measuring import Clock, in_process, options, publish, spelled, table
 from expunge.benchmarks.peer import peer_trainer
 from expunge.cases import Case, requests
 from expunge.cases.text import TextData
@@ -66,6 +66,7 @@ SIZES = {
     "time": Size(128, 3, 352, 2048, 8),
     "memory": Size(512, 4, 1376, 16384, 2, 8, 12),
     "tiny": Size(32, 2, 48, 300, 4, 8, 12),
+    "gpu": Size(1024, 8, 2736, 32000, 32, 128, 384),
 }
 
 
@@ -91,8 +92,11 @@ def rows(size: Size) -> TextData:
     return TextData(tokens, starts, pad=0)
 
 
-def ours(method: str, size: Size, model: nn.Module, steps: int, adapters: bool = False) -> list[float]:
-    """Run the method in place; the processor's clock before the first step and after each."""
+def ours(
+    method: str, size: Size, model: nn.Module, steps: int, adapters: bool = False, clock: Clock = time.process_time,
+    precision: str | None = None,
+) -> list[float]:  # fmt: skip
+    """Run the method in place, where the model is; the clock before the first step and after each."""
     case = Case(model, rows(size), requests.samples(range(size.forget)), task=Language())
     per_epoch = -(-size.forget // size.batch)
     more = {"beta": 0.1} if method == "npo" else {}
@@ -101,21 +105,28 @@ def ours(method: str, size: Size, model: nn.Module, steps: int, adapters: bool =
         schedule="constant", warmup=0.0, **more,
     ).action(case)  # fmt: skip
     assert isinstance(action, Plan)
-    ticks = [time.process_time()]
+    device = next(model.parameters()).device.type
+    ticks = [clock()]
     if adapters:
         action = action.with_(scope=low_rank(8))
-    execute(action, case, in_place=True, report=lambda *_: ticks.append(time.process_time()))
+    execute(
+        action, case, in_place=True, report=lambda *_: ticks.append(clock()), device=device if precision else None,
+        mixed_precision=precision,
+    )  # fmt: skip
     return ticks
 
 
-def theirs(method: str, size: Size, model: nn.Module, steps: int, peer: str) -> list[float]:
-    """Run their trainer; the processor's clock before it is made and after each step."""
+def theirs(
+    method: str, size: Size, model: nn.Module, steps: int, peer: str, clock: Clock = time.process_time,
+    precision: str | None = None,
+) -> list[float]:  # fmt: skip
+    """Run their trainer; the clock before it is made and after each step."""
     split = list(range(size.forget)), list(range(size.forget, size.forget + size.retain))
-    ticks = [time.process_time()]
+    ticks = [clock()]
     settings = {"beta": 0.1} if method == "npo" else {}
     trainer = peer_trainer(
         peer, method, model, rows(size), *split, batch_size=size.batch, steps=steps, lr=LR,
-        told=lambda _loss: ticks.append(time.process_time()), **settings,
+        told=lambda _loss: ticks.append(clock()), precision=precision, **settings,
     )  # fmt: skip
     trainer.train()
     return ticks
@@ -170,17 +181,17 @@ def weighed(size: str, steps: int, repeats: int, peer: str) -> list[dict[str, An
     return found
 
 
-def logits(way: str, vocabulary: int, length: int) -> None:
+def logits(way: str, vocabulary: int, length: int, device: str = "cpu") -> None:
     """Loss and gradient of 4 rows, all tokens answers; way: "full", "pieces", or "none" (nothing but the model)."""
-    model = llama(Size(64, 1, 128, vocabulary, 4))
+    model = llama(Size(64, 1, 128, vocabulary, 4)).to(device)
     if way == "none":
         return
     ids = torch.randint(3, vocabulary, (4, length), generator=generator(0, "logits"))
     if way == "full":
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids.to(device), labels=ids.to(device)).loss.backward()
         return
     data, task = TextData(ids.tolist(), [0] * 4, pad=0), Language()
-    batch = data.fetch(torch.arange(4))
+    batch = data.fetch(torch.arange(4)).to(device)
     task.loss(task.forward(model, batch), batch).mean().backward()
 
 

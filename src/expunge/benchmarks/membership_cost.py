@@ -75,9 +75,9 @@ def compare(model: nn.Module, data: TextData, batch_size: int, rounds: int, devi
     return in_turns({"bare": finished(bare), "scores": finished(scores)}, rounds, clock=clock_of(device))
 
 
-def rows(count: int) -> dict[str, TextData]:
-    """The same TOFU rows with prompts, and as plain text."""
-    tokenizer, found = nano_tokenizer(), tofu("full")[:count]
+def rows(count: int, tokenizer: Any = None) -> dict[str, TextData]:
+    """The same TOFU rows with prompts, and as plain text. tokenizer: default: the embedded model's."""
+    tokenizer, found = tokenizer or nano_tokenizer(), tofu("full")[:count]
     return {
         "question and answer": tofu_table(tokenizer, found, template=TEMPLATE, max_length=CONTEXT),
         "plain text": plain_text(tokenizer, [f"{row['question']} {row['answer']}" for row in found], window=CONTEXT),
@@ -95,16 +95,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     start = time.perf_counter()
     model = llama().to(given.device)
+    lines = lines_of(model, rows(given.rows), given.batch_size, given.rounds, given.device)
+    publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, table(lines), given.out or None)
+
+
+def lines_of(
+    model: nn.Module, tables: dict[str, TextData], batch_size: int, rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """One line of the table for each of the row tables."""
     lines = []
-    for name, data in rows(given.rows).items():
-        times = compare(model, data, given.batch_size, given.rounds, given.device)
+    for name, data in tables.items():
+        times = compare(model, data, batch_size, rounds, device)
         low, high = times.range("scores", "bare")
         lines.append({
             "rows": name, "texts": len(data), "bare s": times.median("bare"), "six scores s": times.median("scores"),
             "ratio": times.ratio("scores", "bare"), "from": low, "to": high,
             f"<= {GOAL}": times.ratio("scores", "bare") <= GOAL,
         })  # fmt: skip
-    publish(NAME, spelled(NAME, arguments), time.perf_counter() - start, table(lines), given.out or None)
+    return lines
 
 
 if __name__ == "__main__":

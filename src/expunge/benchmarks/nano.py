@@ -65,14 +65,20 @@ def cache_home() -> Path:
 @cache
 def nano_tokenizer() -> Any:
     """A byte-level BPE of 1,200 tokens, trained on TOFU's first 2,000 rows, the slice's own and the refusals."""
-    tokenizers, transformers = need_extra("tokenizers", "language"), need_extra("transformers", "language")
     rows = tofu("full")
-    texts = [f"{r['question']}\n{r['answer']}" for r in [*rows[:2000], *rows[-120:]]] + refusals()
+    return byte_level_bpe(
+        [f"{r['question']}\n{r['answer']}" for r in [*rows[:2000], *rows[-120:]]] + refusals(), VOCABULARY
+    )
+
+
+def byte_level_bpe(texts: list[str], vocabulary: int) -> Any:
+    """A tokenizer of transformers trained on these texts, with padding (0), end (1) and a separator (2)."""
+    tokenizers, transformers = need_extra("tokenizers", "language"), need_extra("transformers", "language")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<pad>", "<eos>", "<sep>"], show_progress=False,
+        vocab_size=vocabulary, special_tokens=["<pad>", "<eos>", "<sep>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     inner.train_from_iterator(texts, trainer)

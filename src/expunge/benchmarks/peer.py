@@ -60,9 +60,11 @@ class Rows(torch.utils.data.Dataset):
 
 def peer_trainer(
     checkout: str | Path, name: str, model: nn.Module, data: TextData, forget: list[int], retain: list[int], *,
-    batch_size: int, steps: int, lr: float, told: Callable[[float], None], **settings: Any,
+    batch_size: int, steps: int, lr: float, told: Callable[[float], None],
+    precision: str | None = None, **settings: Any,
 ) -> Any:  # fmt: skip
-    """Their trainer, ready for `.train()`. name: "npo" or "grad_diff"; told: called with each step's loss as it ends."""
+    """Their trainer, ready for `.train()`. name: "npo" or "grad_diff"; told: called with each step's loss as it ends.
+    precision: "bf16" for theirs of that name."""
     from transformers import TrainerCallback, TrainingArguments
 
     trainers, rows, collators = peer_modules(checkout, f"trainer.unlearn.{name}", "data.unlearn", "data.collators")
@@ -82,6 +84,7 @@ def peer_trainer(
         tempfile.gettempdir(), per_device_train_batch_size=batch_size, max_steps=steps, learning_rate=lr, weight_decay=0.01,
         lr_scheduler_type="constant", optim="adamw_torch", use_cpu=not torch.cuda.is_available(), report_to=[],
         save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, seed=0,
+        bf16=precision == "bf16",
     )  # fmt: skip
     pairs = rows.ForgetRetainDataset(Rows(data, forget), Rows(data, retain))
     collator = collators.DataCollatorForSupervisedDataset(types.SimpleNamespace(pad_token_id=data.pad))
