@@ -2,6 +2,7 @@
 
     judges = canvas_judges()      # .style, .object: who judges the text toy; .features: for FID and KID
     judges = digit_judges()       # .digit: a support vector machine, who judges the class toy; .features
+    quality(model, judges)        # what a base model must reach before any comparison counts (BASE)
 
 `features` is a network of another seed than any judge, so what fools a judge need not move the distances. Networks are kept
 by content; the machine is trained anew in a fraction of a second.
@@ -20,9 +21,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from expunge.audits.metrics.judges import Features, Judge, Reject, SmallNet, cnn_judge, fit_net, svm_judge
-from expunge.benchmarks.canvas import digit_images, mini_canvas
+from expunge.benchmarks.canvas import OBJECTS, digit_images, mini_canvas
 from expunge.benchmarks.nano import cache_home
 from expunge.files import digest_bytes, write_atomic
+from expunge.tasks.sampling import Sampling, sample
 
 DIGITS, DIGITS_FEATURES = {"steps": 600, "width": 32}, {"steps": 400, "width": 16}
 PHOTOGRAPHS = {"steps": 8000, "width": 64, "augment": True}
@@ -42,6 +44,11 @@ class CanvasJudges:
 class DigitJudges:
     digit: Judge
     features: Features
+
+
+BASE = {"digit": 0.9, "style": 0.85, "object": 0.85}
+"""Least judged accuracy of a base model (testbed card's gate)."""
+SAMPLING = {"class": Sampling(25, 1.0, "ddpm"), "text": Sampling(20, 2.0)}
 
 
 @cache
@@ -71,6 +78,56 @@ def digit_judges(size: int = 8, folder: Path | None = None) -> DigitJudges:
     reject = Reject.fitted(features, images, test)
     names = tuple(str(digit) for digit in range(10))
     return DigitJudges(svm_judge("digit", names, images, labels, reject, test, test_labels), features)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """accuracy: by domain, mean over cells; worst: of the worst class of each domain. rejected: share like no real image,
+    NaN counted in. All in [0, 1]."""
+
+    accuracy: dict[str, float]
+    worst: dict[str, float]
+    rejected: float
+    images: int
+
+    def __str__(self) -> str:
+        said = [f"{d} {self.accuracy[d]:.3f} (worst {self.worst[d]:.3f}, needs {BASE[d]:.2f})" for d in self.accuracy]
+        return f"{'; '.join(said)}; like no real image {self.rejected:.3f}; {self.images} images"
+
+    @property
+    def enough(self) -> bool:
+        return all(found >= BASE[domain] for domain, found in self.accuracy.items())
+
+
+def quality(
+    model: Any, judges: CanvasJudges | DigitJudges, each: int = 5, seed: int = 0, without: str | int | None = None,
+    sampling: Sampling | None = None,
+) -> Quality:  # fmt: skip
+    """Judged accuracy of a Denoiser's own images, `each` for every class, or for every style x object by its first word.
+
+    without: what the model was never shown, and is not asked for.
+    """
+    if isinstance(judges, DigitJudges):
+        asked, domains = [(digit,) for digit in range(10) if digit != without for _ in range(each)], (judges.digit,)
+        condition = model.conditions.of([digit for (digit,) in asked])
+    else:
+        canvas = mini_canvas("test", objects=_objects(judges), rows=1000)
+        canvas = canvas if without is None else canvas.without(str(without))
+        asked, domains = [cell for cell in canvas.cells() for _ in range(each)], (judges.style, judges.object)
+        condition = model.conditions.of([canvas.caption(*cell) for cell in asked])
+    drawn = sample(model, condition, sampling or SAMPLING[model.kind], seeds=seed)
+    accuracy, worst = {}, {}
+    for column, judge in enumerate(domains):
+        wanted = torch.tensor([cell[column] for cell in asked])
+        right = (judge(drawn.images).argmax(1) == wanted) & drawn.finite
+        accuracy[judge.domain] = float(right.float().mean())
+        worst[judge.domain] = min(float(right[wanted == one].float().mean()) for one in wanted.unique())
+    rejected = domains[0].rejected(drawn.images) | ~drawn.finite
+    return Quality(accuracy, worst, float(rejected.float().mean()), len(asked))
+
+
+def _objects(judges: CanvasJudges) -> str:
+    return next(name for name, words in OBJECTS.items() if words == judges.object.names)
 
 
 def kept_net(

@@ -363,8 +363,11 @@ def _descend(toy: Toy, models: list[Any], loss: Any, after: Any = lambda: None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="train an embedded generator into the cache, and print its folder")
-    parser.add_argument("command", choices=["train"])
+    """train: into the cache, and print the folder. judge: print the judged accuracy of its images too."""
+    parser = argparse.ArgumentParser(
+        description="train an embedded generator into the cache, print its folder, judge it"
+    )
+    parser.add_argument("command", choices=["train", "judge"])
     parser.add_argument("--toy", choices=["class", "text"], required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exclude", help="a digit (class), a word of a style or an object (text)")
@@ -381,12 +384,26 @@ def main() -> None:
     parser.add_argument("--device")
     given = vars(parser.parse_args())
     kind, cache, device, small = (given.pop(name) for name in ("toy", "cache", "device", "small"))
-    given.pop("command")
+    command = given.pop("command")
     torch.set_num_threads(1)
     settings = {name: value for name, value in given.items() if value not in (None, False)}
     if small:
         settings = {**SMALL, **settings}
     if kind == "class" and "exclude" in settings:
         settings["exclude"] = int(settings["exclude"])
-    folder = toy_folder(ClassToy(**settings) if kind == "class" else TextToy(**settings), cache, device)
+    toy: Toy = ClassToy(**settings) if kind == "class" else TextToy(**settings)
+    folder = toy_folder(toy, cache, device)
     print(folder, (folder / "training.json").read_text(), sep="\n")
+    if command == "judge":
+        from expunge.benchmarks.canvas_judges import canvas_judges, digit_judges, quality
+        from expunge.cases.loading import load_pipeline
+
+        if kind == "class":
+            judges, names = digit_judges(toy.size, cache), ("digit",)
+        else:
+            judges, names = canvas_judges(toy.size, toy.objects, folder=cache), ("style", "object")
+        print(
+            *(getattr(judges, name) for name in names),
+            quality(load_pipeline(folder), judges, without=toy.exclude),
+            sep="\n",
+        )
