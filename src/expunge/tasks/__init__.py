@@ -36,6 +36,6 @@ def task(which: str | Task | dict[str, Any]) -> Task:
 
 
 __all__ = [
-    "TASKS", "Batch", "Choice", "Classification", "Diffusion", "Gan", "GanPair", "Language", "Measurements", "Output", "PerExample", "Regression",
-    "Task", "evaluating", "move_to_model", "task",
+    "TASKS", "Batch", "Choice", "Classification", "Diffusion", "Gan", "GanPair", "Language", "Measurements", "Output", "PerExample",
+    "Regression", "Task", "evaluating", "move_to_model", "task",
 ]  # fmt: skip
