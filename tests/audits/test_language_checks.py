@@ -162,6 +162,37 @@ def test_rouge_is_of_greedy_answers_to_the_questions():
     assert measured()["rouge_l_recall_forget"].original == pytest.approx(slow.mean())
 
 
+def test_tables_answered_together_say_what_each_says_alone_and_are_asked_once(monkeypatch):
+    together, probes = subjects(), [tofu_checks.RETAIN, tofu_checks.FORGET]
+    asked, plain = [], type(together.task).generate
+    monkeypatch.setattr(
+        type(together.task),
+        "generate",
+        lambda task, model, prompts, *a, **k: asked.append(len(prompts)) or plain(task, model, prompts, *a, **k),
+    )
+    found = tofu_checks.recalls(together, "original", probes, 20)
+    assert len(asked) == 1
+    for probe, values in zip(probes, found, strict=True):
+        np.testing.assert_array_equal(values, tofu_checks.recall(subjects(), "original", probe, 20))
+        assert tofu_checks.recall(together, "original", probe, 20) is values
+
+
+def test_a_pass_reads_loss_score_and_utility_off_one_table_of_token_statistics(monkeypatch):
+    case, original, *_ = models()
+    split, task, tables = case.split("retain"), type(case.task), []
+    statistics = task.statistics
+    monkeypatch.setattr(task, "statistics", lambda *a: tables.append(1) or statistics(*a))
+    passed = subjects().passed("original", "retain")
+    batches = -(-len(split) // 64)
+    assert len(tables) == batches
+    batch = split.data.fetch(split.ids)
+    with torch.no_grad():
+        output = case.task.forward(original.eval(), batch)
+        np.testing.assert_allclose(passed.loss, case.task.loss(output, batch).numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(passed.forget_score, case.task.forget_score(output, batch).numpy(), rtol=1e-5)
+    assert passed.utility["loss"] == pytest.approx(passed.loss.mean()) and passed.utility["n"] == len(split)
+
+
 def test_everything_missing_is_told_at_once_with_its_remedy():
     case, original, retrained, _ = models()
     bare = Subjects(case.with_(probes={}), original, original, retrained)

@@ -34,8 +34,9 @@ SOURCE = "TOFU, arXiv 2401.06121, as open-unlearning computes it"
 FORGET, RETAIN = f"{PROBE}forget_perturbed", f"{PROBE}retain_perturbed"
 KNOWLEDGE = (f"{PROBE}real_authors", f"{PROBE}world_facts")
 NEW_TOKENS = 200
-TOGETHER, TOGETHER_ON_A_GPU = 128, 512
-"""Prompts answered together: decoding waits for memory and launches, so more rows cost little more time."""
+TOGETHER, TOGETHER_ON_A_GPU, CACHE = 128, 512, 2**34
+"""Prompts answered together: decoding waits for memory and launches, so more rows cost little more time. CACHE: bytes that
+their keys and values may take on a GPU."""
 FACTS: dict[str, Any] = {"range": (0.0, 1.0), "kinds": ("language",), "source": SOURCE}
 PAIR = (
     "never rank by forget quality alone: a model broken at random can match the retrained one's distribution on its way down; "
@@ -90,7 +91,7 @@ def recalls(subjects: Subjects, subject: str, splits: Sequence[str], new_tokens:
         first = asked[0][0]
         made = subjects.task.generate(
             model, [prompt for own in prompts for prompt in own], new_tokens, end=first.end, pad=first.pad,
-            batch_size=TOGETHER if next(model.parameters()).device.type == "cpu" else TOGETHER_ON_A_GPU,
+            batch_size=_together(model, new_tokens),
         )  # fmt: skip
         found, start = [], 0
         for (data, ids), own in zip(asked, prompts, strict=True):
@@ -100,6 +101,16 @@ def recalls(subjects: Subjects, subject: str, splits: Sequence[str], new_tokens:
         return found
 
     return subjects.over_all(("rouge_l_recall", new_tokens), subject, splits, run)
+
+
+def _together(model: nn.Module, new_tokens: int) -> int:
+    """Prompts in a batch; each row's cache is taken as twice its answer's length in float32."""
+    first = next(model.parameters(), None)
+    if first is None or first.device.type == "cpu":
+        return TOGETHER
+    config = getattr(model, "config", None)
+    layers, width = getattr(config, "num_hidden_layers", 32), getattr(config, "hidden_size", 4096)
+    return min(max(CACHE // (16 * layers * width * new_tokens), 8), TOGETHER_ON_A_GPU)
 
 
 def _questions(table: Split) -> torch.Tensor:
