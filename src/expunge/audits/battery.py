@@ -134,9 +134,16 @@ def gather(
 def utilities(subjects: Subjects) -> dict[str, np.ndarray] | None:
     """Subject -> (t,) values whose mean is the task's utility on test, or retain; None without an untrained model.
 
-    One for each example where the task's utility is a mean of one of its signals (accuracy: correctness; minus the
-    mean loss), else the utility on 20 parts of the split.
+    Of a case with an exam: one for each answer to the cells that must stay. Else one for each example where the task's
+    utility is a mean of one of its signals (accuracy: correctness; minus the mean loss), else the utility on 20 parts of
+    the split.
     """
+    exam = subjects.case.exam
+    if exam is not None and subjects.unmet("untrained") is None:
+        return {
+            name: subjects.over("useful", name, "retain", lambda model, _: exam.useful(model))
+            for name in ("original", "unlearned", "retrained", "untrained")
+        }
     split = next((name for name in ("test", "retain") if subjects.unmet(name) is None), None)
     if split is None or subjects.unmet("untrained") is not None:
         return None

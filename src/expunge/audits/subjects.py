@@ -44,6 +44,11 @@ NEEDS: dict[str, str] = {
     "test": "expected data never seen, found none; pass Case(test=...)",
     "kind_holdout": "expected a request that defines a kind (a class, a predicate) and unseen data of it, found none; "
     "request label(c) or where(...), and pass Case(test=...)",
+    "exam": "expected questions to the model and judges of its answers, found none; pass Case(exam=Exam(cells, target, judges))",
+    "exam_features": "expected a network of image features, found none; pass Exam(features=...)",
+    "exam_reference": "expected real images without the target and a network of features, found none; pass "
+    "Exam(features=..., reference=...)",
+    "exam_clip": "expected the folder of a CLIP model, found none; pass Exam(clip=...)",
     "original_ensemble": "expected many models trained with the forget data, found none; pass Subjects(..., "
     "ensembles={{'original': ...}}), made by engine.ensemble",
     "unlearned_ensemble": "expected many unlearned models, found none; pass Subjects(..., "
@@ -138,6 +143,11 @@ class Subjects:
             met = need in self.models
         elif need.endswith("_ensemble"):
             met = need.removesuffix("_ensemble") in self.ensembles
+        elif need.startswith("exam"):
+            exam = self.case.exam
+            parts = {"exam": (), "exam_features": ("features",), "exam_reference": ("features", "reference"),
+                     "exam_clip": ("clip",)}[need]  # fmt: skip
+            met = exam is not None and all(getattr(exam, part, None) is not None for part in parts)
         elif need == "kind_holdout":
             data = self.case.holdout if self.case.test is None else self.case.test
             met = self._rows("holdout") > 0 and self.case.request.kind(data) is not None
@@ -208,7 +218,10 @@ class Subjects:
         return found[name]
 
     def forget_scores(self, subject: str, split: str | Split = "forget") -> np.ndarray:
-        """(n,) higher means the model knows the example better."""
+        """(n,) higher means the model knows the example better; of a case with an exam: of each answer to the target's cells."""
+        exam = self.case.exam
+        if exam is not None and split == "forget":
+            return self.over("recalled", subject, split, lambda model, _: exam.recalled(model))
         return self.passed(subject, split).forget_score
 
     def losses(self, subject: str, split: str | Split) -> np.ndarray:

@@ -196,7 +196,7 @@ def run(
     case = the_case(forget, retain, model, **settings)
     if model is None:
         methods = configured(methods, NANO_SETTINGS)
-    golds = {name: load_model(place) for name, place in (("gold", retrained), ("floor", second)) if place is not None}
+    golds = {name: load_model(place) for name, place in (("gold", retrained), ("second", second)) if place is not None}
     return compare(
         case, methods, seeds, workers=workers, folder=folder, report=report, floor=None, command=command,
         checks=wanted(case(seeds[0]), checks or MEASURES, attacks),

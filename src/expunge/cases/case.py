@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,19 @@ from expunge.tasks import Task
 from expunge.tasks import task as make_task
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from expunge.parts.plan import Training
 
 SPLITS = ("forget", "retain", "holdout", "test", "train")
+
+
+class Exam(Protocol):
+    """Forget scores and utility of a generative model from what it draws, (n,) each in [0, 1], in one order for every model."""
+
+    def recalled(self, model: Any) -> np.ndarray: ...
+
+    def useful(self, model: Any) -> np.ndarray: ...
 
 
 @dataclass
@@ -41,6 +51,8 @@ class Case:
         build: makes a fresh untrained model; default: a copy of `model` with every layer's parameters reset.
         augment: batch, generator -> batch; used in training, never in audits.
         probes: further tables that checks read by name (paraphrases, wrong answers, general knowledge, ...).
+        exam: what a generative model is asked and who judges its answers (`audits.metrics.exam.Exam`); where there is one, the
+            verdict's forget score and utility are read off the model's own images.
         seed: of the case itself (how `test` is halved). Training, unlearning and auditing take their own.
     """
 
@@ -54,6 +66,7 @@ class Case:
     build: Callable[[], nn.Module] | None = None
     augment: Callable[..., Any] | None = None
     probes: Mapping[str, Data] = field(default_factory=dict)
+    exam: Exam | None = None
     name: str = "case"
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)

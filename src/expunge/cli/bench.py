@@ -14,12 +14,13 @@ from expunge.cli.work import method_specs, seed_numbers
 from expunge.errors import BadSetting, nearest
 
 DEFAULT_METHODS = "grad_ascent,grad_diff,npo,simnpo,wga,rmu,idk"
-KNOWN = ("tofu", "muse")
+KNOWN = ("tofu", "muse", "canvas")
 
 
 def bench(
     which: str, methods: str, *, split: str, seeds: str, model: str | None, retrained: str | None, second: str | None,
     forget: Path | None, retain: Path | None, folds: int, attacks: bool, samples: int, show_forgotten: bool, workers: int, out: Path | None,
+    **canvas: Any,
 ) -> None:  # fmt: skip
     """Run it, print its table, and say where the report is."""
     from expunge.records.terminal import comparison_table
@@ -27,6 +28,14 @@ def bench(
     if which not in KNOWN:
         raise BadSetting(f"expected a benchmark, one of {', '.join(KNOWN)}, found '{which}'.{nearest(which, KNOWN)}")
     folder = out or Path("runs") / which
+    if which == "canvas":
+        from expunge.cli import canvas as pictured
+
+        pictured.bench(
+            methods, seed_numbers(seeds), folder, model=model, retrained=retrained, second=second, attacks=attacks,
+            samples=samples, show_forgotten=show_forgotten, workers=workers, **canvas,
+        )  # fmt: skip
+        return
     chosen, numbers = method_specs(methods or DEFAULT_METHODS), seed_numbers(seeds)
     told = [f"expunge bench {which} --methods {methods or DEFAULT_METHODS} --seeds {seeds}"]
     told += [f"--split {split}"] if split else []

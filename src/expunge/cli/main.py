@@ -204,7 +204,7 @@ def protect(case: CaseArgument, overrides: Overrides = None, out: Out = None) ->
 
 @app.command()
 def bench(
-    which: Annotated[str, typer.Argument(metavar="BENCHMARK", help="tofu or muse")],
+    which: Annotated[str, typer.Argument(metavar="BENCHMARK", help="tofu, muse or canvas")],
     methods: Annotated[str, typer.Option(help="names with commas between; settings as 'npo:beta=0.05:lr=1e-5'")] = "",
     split: Annotated[
         str, typer.Option(help="what to forget: forget01, forget05, forget10; nano (embedded model)")
@@ -219,6 +219,16 @@ def bench(
         int, typer.Option(min=0, max=4, help="muse: scalability and sustainability over so many folds")
     ] = 0,
     attacks: Annotated[bool, typer.Option("--attacks/--no-attacks", help="the whole battery, and a verdict")] = True,
+    targets: Annotated[
+        str, typer.Option(help="canvas: styles, objects, or both of one ('red three'), with commas between")
+    ] = "red,three",
+    small: Annotated[bool, typer.Option("--small", help="canvas: the tests' model and budgets")] = False,
+    sequence: Annotated[bool, typer.Option("--sequence", help="canvas: the targets one after another as well")] = False,
+    data: Annotated[Path | None, typer.Option(help="canvas: folder of style/object/number.jpg")] = None,
+    judges: Annotated[
+        Path | None, typer.Option(help="canvas: folder with the ViT classifiers style/ and object/")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="canvas: file of a committed table to write sections of")] = None,
     samples: Annotated[int, typer.Option(min=0, help="sample answers to kept questions, side by side")] = 0,
     show_forgotten: Annotated[
         bool, typer.Option("--show-forgotten", help="samples of forgotten questions too")
@@ -232,6 +242,7 @@ def bench(
     benches.bench(
         which, methods, split=split, seeds=seeds, model=model, retrained=retrained, second=second, forget=forget, retain=retain,
         folds=folds, attacks=attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
+        targets=targets, small=small, sequence=sequence, data=data, judges=judges, table=table,
     )  # fmt: skip
 
 

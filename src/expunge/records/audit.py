@@ -32,6 +32,7 @@ from expunge.errors import BadModel, BadSetting
 from expunge.files import write_atomic
 from expunge.records.canonical import digest_ids, plain
 from expunge.records.results import Results
+from expunge.seeds import generator
 from expunge.tasks.base import evaluating, move_to_model
 
 if TYPE_CHECKING:
@@ -226,7 +227,10 @@ class Auditor:
     def _shape(self, model: nn.Module) -> tuple[int, ...]:
         """What a model says about one row."""
         with evaluating(model):
-            batch = move_to_model(self.case.data.fetch(self.case.data.telling_rows()), model)
+            batch = self.case.task.prepare(
+                self.case.data.fetch(self.case.data.telling_rows()), generator(self.seed, "shape")
+            )
+            batch = move_to_model(batch, model)
             return tuple(self.case.task.forward(model, batch).prediction.shape[1:])
 
     def subjects(self, unlearned: nn.Module) -> Subjects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import inspect
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ def compare(
     report: Report | None = None,
     floor: float | None = 0.5,
     command: str = "",
+    second: Any = None,
     **audit_settings: Any,
 ) -> Comparison:
     """Unlearn and audit every method with every seed.
@@ -39,10 +41,13 @@ def compare(
         workers: processes. Each takes a seed at a time, so that golds and attacked references are made once per seed. With
             a GPU one worker is used.
         folder: each run's results are kept under folder/<method>/seed<k>/ and the comparison's report at its top.
-        audit_settings: of `Auditor` (checks, gold, attacks, thresholds, ...).
+        audit_settings: of `Auditor` (checks, gold, attacks, thresholds, ...); gold and floor may be functions of the seed too.
+        second: `Auditor`'s floor, under another name because `floor` is the utility's here.
     """
     from expunge.methods.registry import find
 
+    if second is not None:
+        audit_settings["second"] = second
     chosen = [_spec(m) for m in methods]
     if not chosen or not seeds:
         raise BadSetting(f"expected at least one method and one seed, found {len(chosen)} and {len(seeds)}; name some")
@@ -94,7 +99,10 @@ def _one_seed(
     from expunge.methods.outcome import unlearn
 
     own = case if isinstance(case, Case) else case(seed)
-    auditor = Auditor(own, seed=seed, **audit_settings)
+    of_seed = {name: value(seed) if inspect.isfunction(value) else value for name, value in audit_settings.items()}
+    if "second" in of_seed:
+        of_seed["floor"] = of_seed.pop("second")
+    auditor = Auditor(own, seed=seed, **of_seed)
     found = []
     for number, (name, settings) in enumerate(methods):
         if report is not None:

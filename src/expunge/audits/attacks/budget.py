@@ -131,7 +131,10 @@ class Attacked:
 
 
 def forget_scores(model: nn.Module, case: Case, split: Split, seed: int = 0, batch_size: int = 512) -> np.ndarray:
-    """(n,) the task's forget score on a split, in eval mode, with the same draws for every model."""
+    """(n,) the task's forget score on a split, in eval mode, with the same draws for every model; where the case has an exam, of
+    its answers in place of the split's rows (none of which an attack was shown)."""
+    if case.exam is not None:
+        return case.exam.recalled(model)
     parts = []
     with evaluating(model):
         for number, batch in enumerate(split.batches(batch_size)):
@@ -160,7 +163,7 @@ def attacked(subjects: Subjects, attack: Attack, budget: Budget, memory: Memory 
             scores[subject] = known[key] if key in known else attack.scores(subjects.model(subject), case, budget, seed)
             if subject != "unlearned":
                 known[key] = scores[subject]
-        places = attack.positions(case, budget, seed)
+        places = attack.positions(case, budget, seed) if case.exam is None else None
         return Attacked(
             scores["original"],
             scores["unlearned"],

@@ -1,0 +1,52 @@
+"""Contact sheets of a canvas benchmark: what original, unlearned and retrained models draw under the same noise, a row per prompt.
+
+Images of what was to be forgotten are drawn only where they are asked for; those of other prompts always may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expunge.audits.metrics.answer_set import Cell
+from expunge.audits.metrics.exam import Exam
+from expunge.records.sheets import Sheet, write_sheet
+
+PROMPTS = 6
+
+
+def sheet_cells(exam: Exam, forgotten: bool, count: int = PROMPTS) -> list[Cell]:
+    """Evenly chosen cells: those of the target, in all of its words, or the others."""
+    cells = [cell for cell in exam.cells if cell.holds(exam.target) == forgotten and (forgotten or cell.wording == 0)]
+    step = max(1, len(cells) // count)
+    return cells[::step][:count]
+
+
+def sheets(
+    exam: Exam, models: Mapping[str, Any], samples: int = 3, forgotten: bool = False, count: int = PROMPTS
+) -> list[Sheet]:
+    """The kept prompts' sheet, and (forgotten) the target's. samples: images of a prompt and model side by side."""
+    from expunge.audits.metrics.answer_set import answer_set
+
+    found = []
+    for target in (False, True) if forgotten else (False,):
+        cells = sheet_cells(exam, target, count)
+        seeds = exam.seeds[:samples]
+        columns = {
+            name: answer_set(model, cells, seeds, exam.sampling, exam.cache).images.unflatten(
+                0, (len(cells), len(seeds))
+            )
+            for name, model in models.items()
+        }
+        title = "what was to be forgotten" if target else "what must stay"
+        found.append(Sheet(title, tuple(str(cell.asks) for cell in cells), columns))
+    return found
+
+
+def write(folder: Path, drawn: Sequence[Sheet]) -> list[Path]:
+    """kept.png, and forgotten.png where it is there, into the folder's `pictures`."""
+    return [
+        write_sheet(folder / "pictures" / f"{name}.png", sheet)
+        for name, sheet in zip(("kept", "forgotten"), drawn, strict=False)
+    ]

@@ -1,0 +1,383 @@
+"""UnlearnCanvas from one command: styles and objects removed from a text-to-image model, and what is left of everything else.
+
+    expunge bench canvas --targets red,three --methods esd,uce --seeds 3      the embedded text toy and MiniCanvas, minutes
+    expunge bench canvas --model FOLDER --data FOLDER --judges FOLDER         Stable Diffusion, the public data set, two ViT judges
+
+The protocol (arXiv 2402.11846): a target is a style, an object, or one object in one style ("red three"); for every target and
+method UA on the prompts that name it, IRA on the rest of its domain, CRA in the other domain, FID and KID against real images
+without it, seconds, peak memory and the storage that one request takes. We add `retrained` (never saw the target, in images
+nor captions), controls that must fail (gradient ascent, fine-tuning, random weights), and 95% intervals over seeds. Images
+whose prompt names the target count for UA alone. Each image has a seed of its own, made from its prompt and the set's seed.
+
+`in_sequence` serves requests one after another on one model (SU and SR, with the rebound of earlier targets); `finer` removes
+one object in one style (FU, and FR of its neighbours and of the rest).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.audits.metrics.answer_set import Cell
+from expunge.audits.metrics.exam import Exam, Marks
+from expunge.audits.metrics.judges import Judge, to_uint8
+from expunge.benchmarks.canvas import STYLES, Canvas, mini_canvas
+from expunge.benchmarks.canvas_judges import canvas_judges
+from expunge.benchmarks.image_models import SMALL, text_toy
+from expunge.benchmarks.nano import cache_home
+from expunge.cases import Case, requests
+from expunge.cases.pictures import pictures
+from expunge.errors import BadSetting
+from expunge.methods import find
+from expunge.records.compare import MethodSpec, compare
+from expunge.records.comparison import Comparison
+from expunge.tasks.denoiser import Denoiser
+from expunge.tasks.sampling import Sampling
+
+CHECKS = ("generation_accuracy", "generation_answers", "image_distance", "image_drift", "storage")
+METHODS = "grad_ascent,fine_tune,salun_generation,esd,concept_ablation,uce"
+SAMPLING = Sampling(20, 3.0)
+ROWS = 200
+"""Plain training digits whose images in every style are a case's data; the original was trained on all 1,347."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark's pieces. original, retrained: seed -> model, (seed, target's words) -> model or None where there is none.
+
+    canvas, unseen: training and test images with their styles and objects. caption: (style, object, word) -> prompt.
+    """
+
+    original: Callable[[int], Denoiser]
+    retrained: Callable[[int, str], Denoiser | None]
+    canvas: Canvas
+    unseen: Canvas
+    judges: tuple[Judge, ...]
+    features: Any
+    feature_name: str
+    sampling: Sampling = SAMPLING
+    answer_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    cache: Path | None = None
+    floor: float = 0.97
+    words: Mapping[str, Sequence[str]] = field(default_factory=lambda: STYLES)
+    """Style -> its words; the first is the one methods are told of."""
+
+    def target(self, text: str) -> dict[str, str]:
+        """domain -> name, of `red`, `three` or `red three`; any word of a style means it."""
+        found: dict[str, str] = {}
+        for word in _concepts(text, self.canvas):
+            domain, index = self.canvas.domain(word)
+            if domain in found:
+                raise BadSetting(
+                    f"expected one style, one object, or one of each, found two {domain}s in '{text}'; use two targets"
+                )
+            found[domain] = (self.canvas.style_names if domain == "style" else self.canvas.object_names)[index]
+        return {domain: found[domain] for domain in ("style", "object") if domain in found}
+
+    def cells(self, target: Mapping[str, str]) -> tuple[Cell, ...]:
+        """Every style with every object in the style's first word; the target's style in its other words as well."""
+        found = []
+        for style, name in enumerate(self.canvas.style_names):
+            for object, other in enumerate(self.canvas.object_names):
+                shows = {"style": name, "object": other}
+                for word in range(len(self.words[name])):
+                    cell = Cell(self.canvas.caption(style, object, word), shows, word)
+                    if word == 0 or ("style" in target and cell.holds(target)):
+                        found.append(cell)
+        return tuple(found)
+
+    def exam(self, target: Mapping[str, str], seeds: Sequence[int] | None = None) -> Exam:
+        real = _matching(self.unseen, target, False)
+        return Exam(
+            self.cells(target), target, self.judges, tuple(seeds or self.answer_seeds), self.sampling, self.features,
+            self.feature_name, to_uint8(real), self.floor, self.cache,
+        )  # fmt: skip
+
+    def case(self, text: str, seed: int = 0, model: Denoiser | None = None, gone: Sequence[str] = ()) -> Case:
+        """The request to forget a target. gone: targets of earlier requests, whose rows are out of the data."""
+        target, model = self.target(text), model or self.original(seed)
+        data, test = (self._table(model, part, target, gone) for part in (self.canvas, self.unseen))
+        wanted = requests.where("target", "==", 1)
+        return Case(model, data, wanted, task="diffusion", test=test, exam=self.exam(target), seed=seed,
+                    name="canvas-" + text.replace(" ", "-"))  # fmt: skip
+
+    def _table(self, model: Denoiser, canvas: Canvas, target: Mapping[str, str], gone: Sequence[str]) -> Any:
+        keep = torch.ones(len(canvas), dtype=torch.bool)
+        for text in gone:
+            keep &= ~_mask(canvas, self.target(text))
+        canvas = replace(canvas, images=canvas.images[keep], styles=canvas.styles[keep], objects=canvas.objects[keep])
+        asked = _mask(canvas, target)
+        # what is to go is named in the words that methods are told; what stays, in all of its words in turn
+        prompts = [
+            canvas.caption(s, o, 0 if a else i % len(self.words[canvas.style_names[s]]))
+            for i, (s, o, a) in enumerate(
+                zip(canvas.styles.tolist(), canvas.objects.tolist(), asked.tolist(), strict=True)
+            )
+        ]
+        return pictures(
+            model, canvas.images, prompts=prompts, style=canvas.styles, object=canvas.objects, target=asked.long()
+        )
+
+
+def _concepts(text: str, canvas: Canvas) -> list[str]:
+    """The words of a target; a style of several words is one of them."""
+    known = {*canvas.object_names, *(w for words in STYLES.values() for w in words), *canvas.style_names}
+    return [text] if text in known else text.split()
+
+
+def _mask(canvas: Canvas, target: Mapping[str, str]) -> Tensor:
+    """(N,) bool rows that show the target."""
+    keep = torch.ones(len(canvas), dtype=torch.bool)
+    if "style" in target:
+        keep &= canvas.styles == canvas.style_names.index(target["style"])
+    if "object" in target:
+        keep &= canvas.objects == canvas.object_names.index(target["object"])
+    return keep
+
+
+def _matching(canvas: Canvas, target: Mapping[str, str], showing: bool) -> Tensor:
+    return canvas.images[_mask(canvas, target) == showing]
+
+
+# -- the embedded benchmark --------------------------------------------------------------------------------------------
+@cache
+def mini(small: bool = False, rows: int = ROWS, cached: bool = True, **settings: Any) -> Bench:
+    """The text toy on MiniCanvas. small: the tests' size, which knows styles and not digits. settings: of `TextToy`."""
+    toy = {**(SMALL if small else {}), **settings}
+    size, objects = toy.get("size", 8), toy.get("objects", "digits")
+    judges = canvas_judges(size, objects)
+
+    @cache
+    def original(seed: int) -> Denoiser:
+        return Denoiser(text_toy(seed, **toy))
+
+    @cache
+    def retrained(seed: int, target: str) -> Denoiser | None:
+        return Denoiser(text_toy(seed, exclude=target, **toy)) if " " not in target else None
+
+    return Bench(
+        original, retrained, mini_canvas("train", size, objects, rows), mini_canvas("test", size, objects, rows if small else None),
+        (judges.style, judges.object), judges.features, f"canvas CNN, {judges.features.num_features}-d, own seed",
+        cache=cache_home() / "generation" / "answers" if cached else None, floor=0.97 if objects == "digits" else 0.8,
+    )  # fmt: skip
+
+
+def anchor_of(bench: Bench, target: Mapping[str, str]) -> str:
+    """What stands in for a target: the first other style's word, or the first other object's name."""
+    if "style" in target:
+        other = next(name for name in bench.canvas.style_names if name != target["style"])
+        return bench.words[other][0]
+    return next(name for name in bench.canvas.object_names if name != target["object"])
+
+
+def told(bench: Bench, target: Mapping[str, str]) -> tuple[str, str]:
+    """(the target's words, what stands in for them), as they stand in a prompt: `red`, `plain`; `red three`, `plain three`."""
+    words = bench.words[target["style"]][0] if "style" in target else ""
+    other = anchor_of(bench, target)
+    if "object" not in target:
+        return words, other
+    return (f"{words} {target['object']}", f"{other} {target['object']}") if words else (target["object"], other)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "grad_ascent": {"optimizer": "adam", "lr": 1e-4, "epochs": 5, "batch_size": 32},
+    "fine_tune": {"lr": 0.01, "epochs": 5, "batch_size": 64},
+    "salun_generation": {"steps": 200, "batch_size": 32, "lr": 1e-3},
+    "esd": {"steps": 100, "batch_size": 8, "lr": 3e-4, "sampling_steps": 20, "scope": "x"},
+    "concept_ablation": {"steps": 120, "batch_size": 32, "lr": 1e-3, "images": 128},
+    "uce": {},
+}
+"""Budgets of the toy's size; a method's published ones are for Stable Diffusion."""
+SMALL_STEPS = {"steps": 4, "epochs": 1, "batch_size": 8, "images": 8, "sampling_steps": 4}
+
+
+def configured(
+    bench: Bench, text: str, methods: Iterable[MethodSpec], small: bool = False, toy: bool = True
+) -> list[tuple[str, dict[str, Any]]]:
+    """Each method with what it must be told of the target, and (toy) with budgets of the toy's size; own settings come first."""
+    target = bench.target(text)
+    words, other = told(bench, target)
+    shared = {"concept": words, "anchor": other, "to": f"{words} -> {other}", "guide": other}
+    found = []
+    for item in methods:
+        name, own = (item, {}) if isinstance(item, str) else (item[0], dict(item[1])) if isinstance(item, tuple) else (
+            item["name"], {k: v for k, v in item.items() if k != "name"})  # fmt: skip
+        parameters = inspect.signature(find(name).function).parameters
+        about = {k: v for k, v in shared.items() if k in parameters}
+        if "concept" in about and "tuple" in str(parameters["concept"].annotation):
+            about["concept"] = (words,)
+        size = {**STEPS.get(name, {}), **(SMALL_STEPS if small else {})} if toy else {}
+        found.append((name, {**about, **{k: v for k, v in size.items() if k in parameters}, **own}))
+    return found
+
+
+def run(
+    targets: Sequence[str] = ("red", "three"),
+    methods: Sequence[MethodSpec] = tuple(METHODS.split(",")),
+    seeds: Sequence[int] = (0,),
+    *,
+    bench: Bench | None = None,
+    small: bool = False,
+    folder: str | Path = "runs/canvas",
+    attacks: bool | Sequence[str] = False,
+    checks: Sequence[str] = CHECKS,
+    workers: int = 1,
+    command: str = "",
+    report: Callable[[str, int, int], None] | None = None,
+    toy: bool = True,
+) -> dict[str, Comparison]:
+    """target -> methods x seeds beside original and retrained. Each seed has its own original and golds.
+
+    attacks: the battery, and with it verdicts; or names. toy: budgets of the embedded model's size.
+    """
+    bench = bench or mini(small)
+    found = {}
+    for text in targets:
+        if bench.retrained(seeds[0], text) is None:
+            raise BadSetting(
+                f"expected a target that a retrained model is known for, found '{text}'; `finer` measures one object in one "
+                "style without it"
+            )
+        found[text] = compare(
+            lambda seed, text=text: bench.case(text, seed), configured(bench, text, methods, small, toy), seeds, floor=None,
+            gold=lambda seed, text=text: bench.retrained(seed, text),
+            # another seed's gold is the noise floor, so that n seeds take n trainings of golds
+            second=lambda seed, text=text: bench.retrained(_next(seed, seeds), text),
+            checks=[*checks, *(attacks if isinstance(attacks, (list, tuple)) else ())], attacks=attacks, workers=workers,
+            folder=Path(folder) / text.replace(" ", "-"), command=command, report=report,
+        )  # fmt: skip
+    return found
+
+
+def _next(seed: int, seeds: Sequence[int]) -> int:
+    """Another seed: the next of those given, or the next number."""
+    own = list(seeds)
+    return own[(own.index(seed) + 1) % len(own)] if len(own) > 1 else seed + 1
+
+
+# -- beyond one target -------------------------------------------------------------------------------------------------
+def in_sequence(
+    bench: Bench, targets: Sequence[str], method: MethodSpec, seed: int = 0, small: bool = False, toy: bool = True
+) -> list[dict[str, Any]]:
+    """SU and SR: targets removed one after another from the same model. One row per request: UA of every target so far (in %),
+    the mean accuracy of what is left, and the rebound (how far the first target's UA fell since its own request)."""
+    from expunge.methods.outcome import unlearn
+
+    model, rows, state = bench.original(seed), [], None
+    for number, text in enumerate(targets):
+        case = bench.case(text, seed, model, targets[:number])
+        (name, settings), = configured(bench, text, [method], small, toy)  # fmt: skip
+        outcome = unlearn(case, name, seed=seed, floor=None, state=state, **settings)
+        model, state = outcome.model, outcome.state or None
+        row: dict[str, Any] = {"request": number + 1, "removed": text}
+        for earlier in targets[: number + 1]:
+            row[f"ua {earlier}"] = 100 * float(bench.exam(bench.target(earlier)).marks(model).unlearned().mean())
+        row["retain"] = 100 * _left(bench, targets[: number + 1], model)
+        first = f"ua {targets[0]}"
+        row["rebound"] = 0.0 if not rows else rows[0][first] - row[first]
+        rows.append(row)
+    return rows
+
+
+def _left(bench: Bench, gone: Sequence[str], model: Denoiser) -> float:
+    """Mean accuracy (every judge right) over the cells that hold none of the targets."""
+    held = [bench.target(text) for text in gone]
+    marks: Marks = bench.exam(held[0]).marks(model)
+    free = marks._of_cells([c.wording == 0 and not any(c.holds(t) for t in held) for c in marks.cells])
+    return float(marks.all_right()[free].mean()) if free.any() else float("nan")
+
+
+def finer(
+    bench: Bench, text: str, methods: Sequence[MethodSpec], seed: int = 0, small: bool = False, toy: bool = True
+) -> list[dict[str, Any]]:
+    """FU and FR: one object in one style. Rows: original and every method: UA of the cell, accuracy of its neighbours (the same
+    object in other styles, the same style with other objects) and of the rest, all in %."""
+    from expunge.methods.outcome import unlearn
+
+    case = bench.case(text, seed)
+    models = [("original", case.model)]
+    for name, settings in configured(bench, text, methods, small, toy):
+        models.append((name, unlearn(case, name, seed=seed, floor=None, **settings).model))
+    return [{"model": name, **_finer(bench.exam(bench.target(text)).marks(model))} for name, model in models]
+
+
+def _finer(marks: Marks) -> dict[str, float]:
+    domains = list(marks.names)
+    return {
+        "FU": 100 * float(marks.unlearned().mean()),
+        "FR near": 100 * float(marks.kept(domains, marks.near & marks.plain).mean()),
+        "FR rest": 100 * float(marks.kept(domains, ~marks.near & ~marks.asked & marks.plain).mean()),
+    }
+
+
+def control(bench: Bench, text: str, seed: int = 0) -> dict[str, float]:
+    """What a network of random weights is worth: a table in which a method stands below it says nothing."""
+    marks = bench.exam(bench.target(text)).marks(bench.case(text, seed).fresh(seed))
+    return {
+        "ua": 100 * float(marks.unlearned().mean()), "ira": 100 * float(marks.kept(marks.domains).mean()),
+        "cra": 100 * float(marks.kept(marks.other_domains).mean()) if marks.other_domains else float("nan"),
+    }  # fmt: skip
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+COLUMNS = (
+    ("UA", "generation_accuracy", "ua"), ("UA, other words", "generation_accuracy", "ua_other_words"),
+    ("IRA", "generation_accuracy", "ira"), ("CRA", "generation_accuracy", "cra"),
+    ("worst", "generation_accuracy", "worst_retained"), ("leak", "generation_accuracy", "leak"),
+    ("rejected", "generation_answers", "rejected"), ("FID", "image_distance", "fid"), ("KID", "image_distance", "kid"),
+    ("storage MB", "storage", "storage"),
+)  # fmt: skip
+ATTACK_COLUMN = "unlearn_diff_atk"
+"""The check whose measurement `post_asr` fills the column Rob, where it is registered and was run."""
+
+
+def table(comparison: Comparison, random: Mapping[str, float] | None = None) -> str:
+    """One target's table in markdown: means over seeds, ± half a 95% t-interval; random: the control's UA, IRA and CRA."""
+    known = comparison.keys()
+    keys = {key[:2]: key for key in reversed(known)}  # the first of a name: `rejected` is the forget split's
+    shown = [(title, keys[check, name]) for title, check, name in COLUMNS if (check, name) in keys]
+    rob = keys.get((ATTACK_COLUMN, "post_asr"))
+    head = ["model", *(title for title, _ in shown), *(["ASR"] if rob else []), "seconds", "peak MB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for subject in ("original", "retrained"):
+        shared = comparison.shared(subject)
+        cells = [_cell(shared.get(key)) for _, key in shown] + ([_cell(shared.get(rob))] if rob else [])
+        lines.append("| " + " | ".join([subject, *cells, "", ""]) + " |")
+    if random is not None:
+        cells = [f"{random[n]:.1f}" if n in random else "" for n in (key[1] for _, key in shown)]
+        lines.append("| " + " | ".join(["random weights", *cells, *([""] if rob else []), "", ""]) + " |")
+    for row in comparison.rows():
+        keys_ = [key for _, key in shown] + ([rob] if rob else [])
+        cells = [_cell(row.values.get(key, {}).get("unlearned")) for key in keys_]
+        cost = [_cell(row.cost("seconds"), 1), _cell(row.cost("peak_memory_mb"), 0)]
+        lines.append("| " + " | ".join([row.label, *cells, *cost]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(summary: Any, digits: int | None = None) -> str:
+    if summary is None:
+        return ""
+    size = abs(summary.mean)
+    places = digits if digits is not None else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4
+    half = "" if summary.high is None else f" ± {summary.high - summary.mean:.{places}f}"
+    return f"{summary.mean:.{places}f}{half}"
+
+
+def note(comparison: Comparison, bench: Bench) -> str:
+    """What a reader must know beside the numbers."""
+    run = comparison.results[0]
+    fid = run.find("fid")
+    judges = "; ".join(str(judge) for judge in bench.judges)
+    s = bench.sampling
+    return (
+        f"{judges}. Answers: every style with every object, {len(bench.answer_seeds)} seeds each, {s.steps} steps of the model's own "
+        f"scheduler, guidance {s.guidance:g} ({s.convention}). FID and KID: {fid.note if fid else 'not measured'}. UA, IRA, CRA, leak "
+        "and rejected in %; rejected: share of the target's answers that are like no real image."
+    )

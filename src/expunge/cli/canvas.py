@@ -1,0 +1,98 @@
+"""`expunge bench canvas`: UnlearnCanvas's protocol on the embedded text toy, or on one's own model, data and judges."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from expunge.cli import show
+from expunge.cli.work import method_specs
+from expunge.errors import BadSetting
+from expunge.files import write_atomic
+
+
+def bench(
+    methods: str, seeds: list[int], folder: Path, *, targets: str, small: bool, sequence: bool, model: str | None,
+    retrained: str | None, second: str | None, data: Path | None, judges: Path | None, attacks: bool, samples: int,
+    show_forgotten: bool, workers: int, table: Path | None,
+) -> None:  # fmt: skip
+    """Run it, print a table for each target, write contact sheets and the report."""
+    from expunge.benchmarks import table_file, unlearncanvas
+    from expunge.benchmarks.tables import heading
+    from expunge.records.report import write_study
+
+    chosen = method_specs(methods or unlearncanvas.METHODS)
+    names = [text.strip() for text in targets.split(",") if text.strip()]
+    if not names:
+        raise BadSetting("expected at least one target, found none; write --targets red,three")
+    told = ["expunge bench canvas", f"--targets {targets!r}" if " " in targets else f"--targets {targets}"]
+    told += [f"--methods {methods or unlearncanvas.METHODS}", f"--seeds {','.join(map(str, seeds))}"]
+    told += ["--small"] if small else []
+    told += ["--attacks"] if attacks else ["--no-attacks"]
+    command, toy = " ".join(told), model is None
+    if model is None:
+        pieces = unlearncanvas.mini(small)
+    else:
+        from expunge.benchmarks.hub_canvas import from_folders
+
+        pieces = from_folders(model, data, judges, retrained, second)
+    single = [text for text in names if len(pieces.target(text)) == 1]
+    sections: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    began = time.perf_counter()
+    with show.Report() as report:
+        for text in single:
+            started = time.perf_counter()
+            found |= unlearncanvas.run(
+                [text], chosen, seeds, bench=pieces, small=small, folder=folder, attacks=attacks, workers=workers,
+                command=command, report=report, toy=toy,
+            )  # fmt: skip
+            body = unlearncanvas.table(found[text], unlearncanvas.control(pieces, text, seeds[0]))
+            made = f"`{command}` in {time.perf_counter() - started:.0f} s"
+            sections[text] = table_file.Section.of(unlearncanvas.note(found[text], pieces), body, made)
+            _sheets(folder / text, pieces, text, seeds[0], samples or 2, show_forgotten)
+    for text in single:
+        show.out().print(f"\n[bold]{text}[/]")
+        show.out().print(
+            escape(unlearncanvas.table(found[text], unlearncanvas.control(pieces, text, seeds[0]))), soft_wrap=True
+        )
+    for text in (n for n in names if n not in single):
+        rows = unlearncanvas.finer(pieces, text, chosen, seeds[0], small, toy)
+        show.out().print(f"\n[bold]{text}[/]: one object in one style")
+        _rows(rows)
+    if sequence and len(names) > 1:
+        for spec in chosen:
+            show.out().print(f"\n[bold]{spec[0]}[/]: {', '.join(names)} one after another")
+            _rows(unlearncanvas.in_sequence(pieces, names, spec, seeds[0], small, toy))
+    if found:
+        page = write_study(
+            folder / "report.html", found, "UnlearnCanvas", f"{len(found)} targets, {time.perf_counter() - began:.0f} s"
+        )
+        show.out().print(f"report: {escape(str(page))}", soft_wrap=True)
+    if table is not None and sections:
+        write_atomic(table, table_file.write(heading(table.stem), sections))
+        show.out().print(f"table: {escape(str(table))}", soft_wrap=True)
+
+
+def _sheets(folder: Path, pieces: Any, text: str, seed: int, samples: int, forgotten: bool) -> None:
+    """Contact sheets of the original, of every method's model of one seed, and of the retrained one."""
+    from expunge.benchmarks import canvas_sheets
+    from expunge.cases.loading import load_model
+
+    models = {"original": pieces.original(seed)}
+    for run in sorted(folder.glob(f"*/seed{seed}/model")):
+        models[run.parent.parent.name] = load_model(run)
+    models["retrained"] = pieces.retrained(seed, text)
+    exam = pieces.exam(pieces.target(text))
+    for file in canvas_sheets.write(folder, canvas_sheets.sheets(exam, models, samples, forgotten)):
+        show.out().print(f"sheet: {escape(str(file))}", soft_wrap=True)
+
+
+def _rows(rows: list[dict[str, Any]]) -> None:
+    from expunge.benchmarks.measuring import table
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    show.out().print(escape(table([{name: row.get(name) for name in names} for row in rows])), soft_wrap=True)
