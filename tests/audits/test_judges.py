@@ -8,8 +8,9 @@ import torch
 
 from expunge.audits.metrics.judges import JudgeBelowFloor, require, to_uint8
 from expunge.benchmarks.canvas import STYLES, digit_images, mini_canvas
-from expunge.benchmarks.canvas_judges import canvas_judges, digit_judges
+from expunge.benchmarks.canvas_judges import canvas_judges, digit_judges, quality
 from expunge.errors import BadData
+from expunge.tasks.conditions import ClassConditions
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +105,39 @@ def test_features_tell_real_halves_from_noise(digits):
     noise = torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert distance(images[:600], images[:600]) == pytest.approx(0, abs=1e-2)
     assert 0 < distance(images[:600], images[600:1200]) < 0.05 * distance(images[:600], noise)
+
+
+class Artist(torch.nn.Module):
+    """Draws real held-out digits of the class it is asked for, except of `hidden`, for which it draws noise or NaN."""
+
+    kind, shape, device = "class", (1, 8, 8), torch.device("cpu")
+
+    def __init__(self, hidden: int | None = None, fill: float | None = None):
+        super().__init__()
+        self.hidden, self.fill = hidden, fill
+        self.conditions = ClassConditions(10, 10)
+
+    def encode(self, condition, prefix=None):
+        return condition
+
+    def draw(self, noise, asked):
+        images, labels = digit_images("test")
+        drawn = torch.stack([images[labels == digit][row] for row, digit in enumerate(asked.tolist())])
+        gone = noise if self.fill is None else torch.full_like(noise, self.fill)
+        return drawn if self.hidden is None else torch.where((asked == self.hidden)[:, None, None, None], gone, drawn)
+
+    def images(self, latents):
+        return latents
+
+
+def test_quality_counts_what_the_judge_sees(digits):
+    """Real images: as right as the judge. Noise in place of one class of ten: that class is the worst, a tenth is rejected,
+    NaN is wrong whatever its zeroed image looks like."""
+    good = quality(Artist(), digits, each=2)
+    assert good.accuracy["digit"] >= 0.95 and good.enough and good.images == 20 and good.rejected <= 0.05
+    for fill in (None, float("nan")):
+        bad = quality(Artist(hidden=4, fill=fill), digits, each=2)
+        assert bad.worst["digit"] <= 0.5 and bad.rejected >= 0.1
+        assert bad.accuracy["digit"] <= good.accuracy["digit"] - 0.05
+    gold = quality(Artist(hidden=4), digits, each=2, without=4)
+    assert gold.images == 18 and gold.worst["digit"] == quality(Artist(), digits, each=2, without=4).worst["digit"]
