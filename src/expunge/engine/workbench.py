@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from expunge.parts.objectives.base import Objective
 
 
-@dataclass
+@dataclass(eq=False)
 class Workbench:
     """model: the working copy, changed in place. networks: all networks of the run by name ("model" is the working copy).
     device: where the model is. notes: what the method wants in its record. warnings: what the report must say.
@@ -92,25 +92,30 @@ class Workbench:
             split=split, layers=tuple(objective.layers) if objective is not None else (), networks=self.networks,
         )  # fmt: skip
 
-    def loss(self, batch: Batch, split: str = "forget", objective: Objective | None = None) -> Tensor:
-        """(B,) the task's loss, or an objective's, of the model on a batch, with gradient."""
-        batch = self.task.prepare(batch, generator(self.seed, "prepare", split))
+    def loss(self, batch: Batch, split: str = "forget", objective: Objective | None = None, number: int = 0) -> Tensor:
+        """(B,) the task's loss, or an objective's, of the model on a batch, with gradient. number: of the batch in its pass."""
+        batch = self.task.prepare(batch, generator(self.seed, "prepare", split, number))
         step = self.step(batch, split, objective)
         return step.loss if objective is None else objective(step)
 
     def gradient(
-        self, on: str, objective: Objective | None = None, batch_size: int = 256, reduction: str = "sum_of_means"
-    ) -> dict[str, Tensor]:
+        self, on: str, objective: Objective | None = None, batch_size: int = 256, reduction: str = "sum_of_means",
+        clip: float | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Gradient over a split in eval mode. `sum_of_means`: sum over batches of the gradient of the batch mean (SalUn's
-        mask); `mean`: the gradient of the mean over the whole split. Frozen parameters are left out."""
+        mask); `mean`: the gradient of the mean over the whole split. clip: largest norm of each batch's part. Frozen parameters
+        are left out. What a stochastic task draws is another for each batch."""
         names, parameters = self._trainable()
         total = [torch.zeros_like(p) for p in parameters]
         with _modes(self.model, training=False):
-            for batch in self.batches(on, batch_size):
-                loss = self.loss(batch, on, objective)
+            for number, batch in enumerate(self.batches(on, batch_size)):
+                loss = self.loss(batch, on, objective, number)
                 value = loss.mean() if reduction == "sum_of_means" else loss.sum() / len(self.splits[on])
-                for t, g in zip(total, _grad(value, parameters), strict=True):
-                    t.add_(g)
+                found = _grad(value, parameters)
+                size = 1.0 if clip is None else float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found))))
+                scale = 1.0 if clip is None else min(1.0, clip / (size + 1e-6))
+                for t, g in zip(total, found, strict=True):
+                    t.add_(g, alpha=scale)
         return dict(zip(names, total, strict=True))
 
     def importance(

@@ -143,7 +143,7 @@ def _writes(case: Case) -> bool:
 NEEDS: dict[str, tuple[Callable[[Case], bool], str]] = {
     "retain": (lambda c: len(c.split("retain")) > 0, "retain data; keep some training data in the case"),
     "labels": (
-        lambda c: getattr(c.task, "labels", "labels") in c.data.names,
+        lambda c: c.task.labelled(c.data.names),
         "labels; give the data a labels column, or choose a label-free method (laf, lfssd)",
     ),
     "recipe": (lambda c: c.recipe is not None, "the training recipe; pass Case(recipe=Training(...))"),

@@ -5,7 +5,8 @@ A rule says which condition stands in for a row's own:
     "null"            no condition: the null class, or the empty prompt
     "next"            (c + 1) mod K, classes only (SalUn's redirect)
     "3"               class 3
-    "red -> plain"    the row's own prompt, with these words replaced (their tokens, wherever they stand in it)
+    "red -> plain"    the row's own prompt, with these words replaced (their tokens, wherever they stand in it);
+                      "red | crimson -> plain" replaces either
     "a painting"      this prompt
 """
 
@@ -125,8 +126,13 @@ class TextConditions:
         if ARROW not in rule:
             return self.of(rule).to(condition.device).expand(len(condition), -1)
         old, new = (part.strip() for part in rule.split(ARROW, 1))
-        target, other = self.words(old), self.words(new) if new else []
-        rows = [self.padded(_spliced(self.content(row), target, other)) for row in condition.cpu()]
+        targets, other = [self.words(word) for word in old.split("|")], self.words(new) if new else []
+        rows = []
+        for row in condition.cpu():
+            content = self.content(row)
+            for target in targets:
+                content = _spliced(content, target, other)
+            rows.append(self.padded(content))
         return torch.tensor(rows, dtype=condition.dtype, device=condition.device)
 
     def contains(self, condition: Tensor, text: str) -> Tensor:

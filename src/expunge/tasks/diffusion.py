@@ -14,7 +14,7 @@ image, or noise, under the row's own condition), SSD, SalUn's mask, every scope,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,9 @@ class Diffusion(Task):
         """`loss`: minus the error (Carlini et al. 2023, Duan et al. 2023); `margin`: minus its logarithm, roughly Gaussian."""
         loss = self.loss(output, batch).double()
         return {"loss": -loss, "margin": -(loss.clamp_min(1e-12)).log()}
+
+    def labelled(self, names: Sequence[str]) -> bool:
+        return self.labels in names or self.prompts in names
 
     def answers(self, batch: Batch) -> Tensor | None:
         value = batch.columns.get(self.labels)

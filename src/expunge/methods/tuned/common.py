@@ -8,10 +8,12 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from expunge.errors import BadSetting
+from expunge.cases.case import Case
+from expunge.errors import BadSetting, UnmetNeed
 from expunge.methods.registry import setting
 from expunge.parts.objectives import fit, match
 from expunge.parts.plan import Optimizer, Plan, Term
+from expunge.parts.stops import steps
 
 Lr = Annotated[float, setting("step size", gt=0)]
 Epochs = Annotated[int, setting("passes over the data of the terms", ge=1)]
@@ -68,6 +70,36 @@ def finetuning(**defaults: Any) -> Callable[[Callable[..., Plan]], Callable[...,
             f"expected settings of the loop, among {', '.join(names)}, found {', '.join(unknown)}; correct them"
         )
     return wrap
+
+
+Steps = Annotated[int, setting("updates of the weights", ge=1)]
+
+
+def counted(case: Case, count: int, batch_size: int, split: str = "forget") -> dict[str, Any]:
+    """The plan's settings of a method whose paper counts updates: passes of a split until there were `count` of them."""
+    per_epoch = max(1, -(-len(case.split(split)) // batch_size))
+    return {
+        "epochs": -(-count // per_epoch), "batch_size": batch_size, "stop": steps(count), "rhythm": "together",
+        "epoch_of": split,
+    }  # fmt: skip
+
+
+def there_and_back(case: Case, concept: str, anchor: str) -> tuple[str, str]:
+    """Rules from the target's condition to the anchor's, and from the anchor's to the target's (of synonyms, the first)."""
+    if case.model.kind == "class":
+        return anchor, concept
+    return f"{concept} -> {anchor}", f"{anchor} -> {concept.split('|')[0].strip()}"
+
+
+def kept_classes(case: Case) -> list[int]:
+    """The class ids of a generative model that the request leaves: what a forgotten class may be answered as."""
+    if case.model.kind == "text":
+        raise UnmetNeed(
+            "expected the condition that stands in for the forgotten one, found 'another', which serves classes; say it in words: "
+            "'red -> plain', or a prompt"
+        )
+    asked = {int(c) for batch in case.split("forget").batches(4096) for c in case.task.condition(batch).unique()}
+    return [c for c in range(case.model.conditions.count) if c not in asked]
 
 
 def stay(alpha: float, average: str = "tokens", by: str = "nll") -> tuple[Term, ...]:

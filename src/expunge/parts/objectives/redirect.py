@@ -10,20 +10,42 @@ The x_t is the forget image's, or comes from `partial`: sampling from noise that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from expunge.errors import BadSetting
 from expunge.parts.objectives.base import Objective
+from expunge.parts.objectives.wrapped import Wrapped
 from expunge.parts.step import Step
 from expunge.tasks.base import Batch, Output, PerExample
 from expunge.tasks.sampling import Sampling, partial
 
 CURRENT = "current"
 """The network under training itself, as it is now, not differentiated."""
+OWN = "own"
+"""The rule for a row's own condition."""
 LATENTS = ("data", "student", "original")
+
+
+@contextmanager
+def first_token_still(model: nn.Module) -> Iterator[None]:
+    """Within it no gradient goes through the first text position's keys and values of cross-attention."""
+
+    def still(_module: nn.Module, _inputs: Any, result: Tensor) -> Tensor:
+        return torch.cat([result[:, :1].detach(), result[:, 1:]], 1)
+
+    inside = [m for name, m in model.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    handles = [module.register_forward_hook(still) for module in inside]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def says(step: Step, reference: str, batch: Batch) -> Output:
@@ -76,6 +98,8 @@ class Redirect(Objective):
     reference: str = CURRENT
     latents: Partial | None = None
     source: str | None = None
+    drop: float = 0.0
+    still_first: bool = False
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
@@ -86,11 +110,13 @@ class Redirect(Objective):
     def __call__(self, step: Step) -> PerExample:
         task: Any = step.task
         asked = step.batch if self.latents is None else self.latents(step)
+        other = asked if self.rule == OWN else task.conditioned(step.model, asked, self.rule)
         if self.source is not None:
             asked = task.conditioned(step.model, asked, self.source)
-        own = step.output if asked is step.batch else step.forward(asked)
-        target = says(step, self.reference, task.conditioned(step.model, asked, self.rule))
-        return task.divergence(own, target, asked)
+        told = dropped(step, asked, self.drop)
+        with first_token_still(step.model) if self.still_first else nullcontext():
+            own = step.output if told is step.batch and not self.still_first else step.forward(told)
+        return task.divergence(own, says(step, self.reference, dropped(step, other, self.drop)), asked)
 
     def __str__(self) -> str:
         who = "model" if self.reference == CURRENT else self.reference
@@ -124,16 +150,70 @@ class Negated(Objective):
         return f"D(original('') - {self.eta:g}·(original(c) - original(''))‖model(c))"
 
 
+@dataclass(frozen=True)
+class GuidedError(Objective):
+    scale: float = 3.0
+
+    def __call__(self, step: Step) -> PerExample:
+        task: Any = step.task
+        free = step.forward(task.conditioned(step.model, step.batch, "null"))
+        told = step.output.prediction
+        guided = free.prediction + self.scale * (told - free.prediction)
+        return task.loss(Output(guided, step.output.extra), step.batch)
+
+    def __str__(self) -> str:
+        return f"loss of guidance({self.scale:g})"
+
+
+@dataclass(frozen=True)
+class Unconditioned(Wrapped):
+    share: float = 0.1
+
+    def __call__(self, step: Step) -> PerExample:
+        inner = step.again()
+        inner.batch, inner.scratch = dropped(step, step.batch, self.share), {"memory": step.scratch.get("memory")}
+        return self.inner(inner)
+
+    def __str__(self) -> str:
+        return f"{self.inner} (condition dropped at {self.share:g})"
+
+
+def dropped(step: Step, batch: Batch, share: float) -> Batch:
+    """The batch with each row's condition replaced by none with probability `share`, drawn from the step's rng."""
+    if share == 0:
+        return batch
+    task: Any = step.task
+    own = task.condition(batch)
+    none = task.condition(task.conditioned(step.model, batch, "null"))
+    gone = (torch.rand(len(own), generator=step.rng) < share).to(own.device).reshape(-1, *[1] * (own.dim() - 1))
+    return task.with_condition(batch, torch.where(gone, none, own))
+
+
+def guided_error(scale: float = 3.0) -> Objective:
+    """The denoising loss of the guided prediction o("") + scale (o(c) - o("")): what SalUn's mask for generation ranks by.
+    scale in diffusers' convention (1 + w)."""
+    return GuidedError(scale)
+
+
+def unconditioned(share: float, inner: Objective) -> Objective:
+    """An objective under label dropping: a row's condition is none with probability `share`, as in classifier-free training."""
+    return Unconditioned(inner, share) if share else inner
+
+
 def redirect(
-    rule: str, reference: str = CURRENT, latents: Partial | None = None, source: str | None = None
-) -> Objective:
+    rule: str, reference: str = CURRENT, latents: Partial | None = None, source: str | None = None, drop: float = 0.0,
+    still_first: bool = False,
+) -> Objective:  # fmt: skip
     """Draw what another condition draws: mean squared difference of the two predictions at the same x_t.
 
-    rule: the condition that stands in (see `tasks.conditions`): "next", "3", "red -> plain", "a painting", "null".
+    rule: the condition that stands in (see `tasks.conditions`): "next", "3", "red -> plain", "a painting", "null"; or "own", the
+        row's own, with a `source` that is answered instead.
     reference: who says what that is: the network itself as it is now ("current": SalUn, Concept Ablation), or "original".
     source: a rule for the condition that is answered; None: each row's own.
+    drop: probability with which either side's condition is none, drawn independently.
+    still_first: no gradient through the first text position's keys and values (Concept Ablation).
     """
-    return Redirect(rule, reference, latents, source)
+    return Redirect(rule, reference, latents, source, drop, still_first)
 
 
 def negated(

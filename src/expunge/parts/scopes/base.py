@@ -23,6 +23,9 @@ Mask = dict[str, Tensor | bool]
 class Scope:
     """Base of all scopes."""
 
+    comparable: bool = True
+    """Whether the task's utility means for what is trained what it means for the original: floors and stops read it."""
+
     def select(self, workbench: Any) -> Mask:
         """The mask over the model's named parameters, from the model as it is before the first step."""
         raise NotImplementedError
@@ -144,16 +147,31 @@ def top_share(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]
 
     One global ranking over all tensors, as in SalUn's official mask generation.
     """
-    flat = torch.cat([s.detach().reshape(-1).float() for s in scores.values()])
-    keep = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    count = int(density * flat.numel())
-    if count:
-        keep[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
-    masks, start = {}, 0
-    for name, score in scores.items():
-        masks[name] = keep[start : start + score.numel()].view(score.shape)
-        start += score.numel()
+    keys = {name: _ordered(score) for name, score in scores.items()}
+    count = int(density * sum(key.numel() for key in keys.values()))
+    # the count-th largest key by bisection over its 32 bits: no sort, whose indices alone take 8 bytes a weight
+    low, high = -(2**31), 2**31
+    while high - low > 1:
+        middle = (low + high) // 2
+        if sum(int((key >= middle).sum()) for key in keys.values()) >= count:
+            low = middle
+        else:
+            high = middle
+    masks = {name: key > low for name, key in keys.items()}
+    left = count - sum(int(mask.sum()) for mask in masks.values())
+    for name, key in keys.items():  # of equal scores, the first ones
+        if left <= 0:
+            break
+        ties = (key.reshape(-1) == low).nonzero()[:left, 0]
+        masks[name].view(-1)[ties] = True
+        left -= len(ties)
     return masks
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """int32 of the same order as the float32 values."""
+    bits = score.detach().float().contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -164,10 +182,29 @@ class Saliency:
     objective: Objective | None = None
     on: str = "forget"
     batch_size: int = 256
+    clip: float | None = None
 
     def __call__(self, workbench: Any) -> dict[str, Tensor]:
-        total = workbench.gradient(self.on, self.objective, batch_size=self.batch_size)
+        total = workbench.gradient(self.on, self.objective, batch_size=self.batch_size, clip=self.clip)
         return {name: g.abs() for name, g in total.items()}
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """|theta| sum over batches |grad mean-loss| on the forget split, eval mode: the connection sensitivity of Scissorhands
+    (2401.06187), with the size taken batch by batch, so that nothing cancels. objective: another (B,) loss than the task's."""
+
+    objective: Objective | None = None
+    batches: int = 10
+    batch_size: int = 16
+    on: str = "forget"
+
+    def __call__(self, workbench: Any) -> dict[str, Tensor]:
+        rows, most = workbench.splits[self.on], self.batches * self.batch_size
+        rows = rows if len(rows) <= most else rows.sample(most, generator(workbench.seed, "sensitivity"))
+        mean = workbench.importance(rows, self.batch_size, power=1, shuffled=True, energy=self.objective)
+        weights = dict(workbench.model.named_parameters())
+        return {name: size * weights[name].detach().abs() for name, size in mean.items()}
 
 
 @dataclass(frozen=True)
@@ -217,9 +254,20 @@ def last_layers(count: int) -> Scope:
     return LastLayers(count)
 
 
-def salient(density: float = 0.5, objective: Objective | None = None, on: str = "forget") -> Scope:
-    """The share `density` of weights that the forget loss is most sensitive to (SalUn's mask)."""
-    return Scored(density, Saliency(objective, on), "salient")
+def salient(
+    density: float = 0.5, objective: Objective | None = None, on: str = "forget", batch_size: int = 256,
+    clip: float | None = None,
+) -> Scope:  # fmt: skip
+    """The share `density` of weights that the forget loss is most sensitive to (SalUn's mask). clip: largest norm of each
+    batch's gradient before it is added."""
+    return Scored(density, Saliency(objective, on, batch_size, clip), "salient")
+
+
+def sensitive(
+    density: float = 0.1, objective: Objective | None = None, batches: int = 10, batch_size: int = 16
+) -> Scope:
+    """The share `density` of weights with the largest connection sensitivity to the forget loss (Scissorhands)."""
+    return Scored(density, Sensitivity(objective, batches, batch_size), "sensitive")
 
 
 def fisher_ratio(density: float = 0.1) -> Scope:
