@@ -26,6 +26,7 @@ from expunge.cases.weights import PICKLES, load_weights, refuse_pickle, save_mod
 from expunge.errors import BadData, BadModel, nearest, need_extra
 from expunge.files import PIPELINE_NETWORKS, is_pipeline
 from expunge.tasks.denoiser import Denoiser
+from expunge.tasks.one_step import OneStep, saved_start
 
 SUFFIXES = (".npz", ".csv", ".tsv", ".jsonl", ".parquet")
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -208,7 +209,7 @@ def _built(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def load_pipeline(folder: str | os.PathLike[str], null: int | str | None = "last", **arguments: Any) -> Denoiser:
-    """A diffusers pipeline's folder, or a hub id, as a `Denoiser`; safetensors only.
+    """A diffusers pipeline's folder, or a hub id, as a `Denoiser` (a `OneStep` where one was saved); safetensors only.
 
     null: the class id that means "no class" (see `Denoiser`). arguments: of DiffusionPipeline.from_pretrained (torch_dtype, ...)."""
     diffusers = need_extra("diffusers", "generation")
@@ -227,7 +228,8 @@ def load_pipeline(folder: str | os.PathLike[str], null: int | str | None = "last
             found = diffusers.DiffusionPipeline.from_pretrained(
                 name, local_files_only=only_local, use_safetensors=True, **arguments
             )
-            return Denoiser(found, null).eval()
+            start = saved_start(path)
+            return (Denoiser(found, null) if start is None else OneStep(found, null, start)).eval()
         except BadModel:
             raise
         except Exception as error:  # diffusers raises OSError, ValueError and its libraries' own for one cause

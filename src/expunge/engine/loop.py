@@ -158,6 +158,9 @@ class Phase:
         self.trained_name = plan.trains if isinstance(plan.trains, str) else plan.trains.name
         self.curves = curves if self.trained_name == "model" else None
         stops: Stop = Divergence()
+        if stop is not None and plan.scope is not None and not plan.scope.comparable:
+            workbench.note("floor", f"off: with {plan.scope} the model's utility is not what it was the original's")
+            stop = None
         for extra in (plan.stop, stop if self.trained_name == "model" else None):
             stops = stops if extra is None else stops | extra
         self.stop = stops
@@ -461,7 +464,7 @@ class Phase:
             if self.plan.proximal is not None:
                 progress = (epoch + (self.position.update + 1) / updates_per_epoch) / self.plan.epochs
                 self.plan.proximal.apply(optimizer.parameters, self.anchors[number], progress)
-            for i, value in losses.items():
+            for i, value in self.gradients.read(losses, weights).items():
                 entry[self.labels[i]] = value
                 self._answer(i, value, epoch)
         played += [seat.play(self, updates) for seat in self.seats if seat.player.after]

@@ -88,6 +88,8 @@ class MaskedOptimizer:
                 p.grad.mul_(live)
         if self.spec.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        if self.spec.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters, self.spec.clip_value)
         if self.spec.schedule != "constant" or self.spec.warmup:
             rate = self.rate()
             for group in self.inner.param_groups:

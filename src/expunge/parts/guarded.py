@@ -22,6 +22,8 @@ from expunge.cases.weights import load_weights
 from expunge.errors import BadModel
 from expunge.files import digest_weights, is_pipeline, write_atomic
 from expunge.parts.blocks import block_stack
+from expunge.tasks.denoiser import Denoiser
+from expunge.tasks.one_step import OneStep, saved_start
 
 FORMAT = "expunge.guard/1"
 FORWARDED = (
@@ -84,9 +86,13 @@ def is_guard(folder: Path) -> bool:
 
 
 def load_saved(folder: Path, base: nn.Module) -> nn.Module:
-    """The model that a run saved in a folder: a guard around `base`, or `base` itself with the saved weights."""
+    """The model that a run saved in a folder: a guard around `base`, or `base` itself with the saved weights (as a one-step
+    generator where it became one)."""
     if is_guard(folder):
         return load_guard(folder, base)
+    start = saved_start(folder)
+    if start is not None and isinstance(base, Denoiser) and not isinstance(base, OneStep):
+        base = OneStep.around(base, start)
     return load_weights(base, folder if is_pipeline(folder) else folder / "model.safetensors")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from expunge.errors import BadSetting
 from expunge.parts.objectives.base import Objective, answered
 from expunge.tasks.base import PerExample
@@ -60,6 +62,36 @@ class Clean(Wrapped):
 
     def __str__(self) -> str:
         return f"clean {self.inner}"
+
+
+@dataclass(frozen=True)
+class OneOf(Objective):
+    choices: tuple[Objective, ...]
+
+    @property
+    def reads(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
+        return tuple(dict.fromkeys(read for choice in self.choices for read in choice.reads))
+
+    @property
+    def layers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(dict.fromkeys(layer for choice in self.choices for layer in choice.layers))
+
+    def prepare(self, workbench: Any, split: str) -> Any:
+        return [choice.prepare(workbench, split) for choice in self.choices]
+
+    def __call__(self, step: Step) -> PerExample:
+        chosen = int(torch.randint(len(self.choices), (1,), generator=step.rng))
+        memory = step.scratch.get("memory")
+        step.scratch["memory"] = None if memory is None else memory[chosen]
+        return self.choices[chosen](step)
+
+    def __str__(self) -> str:
+        return f"one of {len(self.choices)}: {self.choices[0]}, ..."
+
+
+def one_of(*choices: Objective) -> Objective:
+    """At each update one of some objectives, drawn uniformly, for the whole batch."""
+    return choices[0] if len(choices) == 1 else OneOf(choices)
 
 
 def instead(policy: str, inner: Objective) -> Objective:

@@ -10,6 +10,7 @@ from expunge.parts.scopes.base import (
     layers,
     random_weights,
     salient,
+    sensitive,
     top_share,
     unpruned,
 )
@@ -24,5 +25,5 @@ from expunge.parts.scopes.tracing import blocks, traced
 
 __all__ = [
     "Mask", "Scope", "blocks", "component", "everything", "expanded", "experts", "fisher_low_rank", "fisher_ratio", "largest",
-    "last_layers", "layers", "low_rank", "pruned", "random_weights", "redrawn", "salient", "top_share", "traced", "unpruned",
+    "last_layers", "layers", "low_rank", "pruned", "random_weights", "redrawn", "salient", "sensitive", "top_share", "traced", "unpruned",
 ]  # fmt: skip
