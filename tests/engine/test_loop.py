@@ -33,6 +33,8 @@ from expunge.parts import (
     utility_floor,
 )
 from expunge.parts import fit as likelihood
+from expunge.tasks import Classification
+from expunge.tasks.base import Batch
 
 SGD = Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=0.01)
 
@@ -345,3 +347,21 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     for key in a:
         if a[key].is_floating_point():
             assert torch.allclose(a[key], b[key], atol=1e-5), key
+
+
+def test_losses_are_read_after_the_step_is_under_way(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU to read a number is to wait, and a step that is only then prepared leaves the device idle."""
+    from expunge.engine.gradients import Gradients
+    from expunge.engine.optimizer import MaskedOptimizer
+
+    seen: list[str] = []
+    step, read = MaskedOptimizer.step, Gradients.read
+    monkeypatch.setattr(MaskedOptimizer, "step", lambda self: (seen.append("step"), step(self))[1])
+    monkeypatch.setattr(Gradients, "read", lambda self, *given: (seen.append("read"), read(self, *given))[1])
+    fit(make_case(), "retain", 0, recipe=Training(epochs=1, batch_size=10))
+    assert seen == ["step", "read"] * 3
+
+
+def test_choices_are_counted_where_the_columns_are():
+    batch = Batch(torch.arange(3), {"inputs": torch.empty(3, 2, device="meta")})
+    assert Classification().choices(batch).device.type == "meta"

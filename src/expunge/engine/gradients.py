@@ -37,15 +37,15 @@ class Gradients:
     def put(
         self, chosen: list[int], steps: dict[str, Step], parameters: list[Any], weights: dict[str, float],
         factor: dict[int, float], draws: int, rng: Callable[[], torch.Generator], update: int = 0,
-    ) -> dict[int, float]:  # fmt: skip
-        """Put one gradient into every parameter's `.grad`; return each term's mean loss (before its weight).
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """Put one gradient into every parameter's `.grad`; return each term's mean loss (before its weight), for `read`.
 
         weights: split -> what this process's mean counts in the global one. factor: place -> what a term's mean is multiplied
         with. draws: the seed of the update's dropout, the same in every pass. rng: makes a weight-space adversary's generator.
         update: its number, for a balance that does not act in every one.
         """
         terms = self.plan.terms
-        losses: dict[int, float] = {}
+        losses: dict[int, Tensor] = {}
         hard = [a for a in self.adversaries if a.space == "weights"]
         with self.distribution.autocast():
             if not hard and self.plan.balance is None:
@@ -59,7 +59,7 @@ class Gradients:
                     if total.requires_grad:
                         total.backward()
                     self.distribution.reduce([p.grad for p in parameters if p.grad is not None])
-                return {i: self.distribution.mean(float(m.detach()), weights[terms[i].on]) for i, m in means.items()}
+                return {i: m.detach() for i, m in means.items()}
 
             def take(which: list[int], again: bool) -> list[Tensor]:
                 fresh = run_anew(steps) if again else steps
@@ -68,7 +68,7 @@ class Gradients:
                 value: Any = 0.0
                 for i in which:
                     mean = self.value(i, fresh[terms[i].on]).mean()
-                    losses.setdefault(i, self.distribution.mean(float(mean.detach()), weights[terms[i].on]))
+                    losses.setdefault(i, mean.detach())
                     value = value + factor[i] * mean
                 if not parameters or not isinstance(value, Tensor) or not value.requires_grad:
                     return [torch.zeros_like(p) for p in parameters]
@@ -105,6 +105,11 @@ class Gradients:
             for p, g in zip(parameters, combined, strict=True):
                 p.grad = g.detach() if isinstance(g, Tensor) else torch.zeros_like(p)
         return losses
+
+    def read(self, losses: dict[int, Tensor], weights: dict[str, float]) -> dict[int, float]:
+        """`put`'s losses as numbers, over all processes. To read one waits for the device: ask after the optimizer's step, or the
+        device stands still while the step is prepared."""
+        return {i: self.distribution.mean(float(v), weights[self.plan.terms[i].on]) for i, v in losses.items()}
 
     def _groups(self, chosen: list[int]) -> list[list[int]]:
         """With a balance every term is a task of its own; without, the terms of one split share a backward pass."""

@@ -146,7 +146,7 @@ class Seat:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 let_go(steps)
-            for i, value in losses.items():
+            for i, value in self.gradients.read(losses, weights).items():
                 entry[phase.labels[self.first + i]] = value
                 phase._answer(self.first + i, value, epoch)
         return entry

@@ -155,7 +155,8 @@ class Task(ABC):
     # -- choices: where a model picks one of K ---------------------------------------------------------------------
     def choices(self, batch: Batch) -> PerExample:
         """(B,) how many choices an example is made of: 1, or the number of its answer tokens."""
-        return torch.ones(len(batch), device=batch.ids.device)
+        columns = [v for v in batch.columns.values() if isinstance(v, Tensor)]  # row numbers stay on the CPU
+        return torch.ones(len(batch), device=columns[0].device if columns else batch.ids.device)
 
     def per_choice(
         self, function: Choice, output: Output, batch: Batch, other: Output | None = None, reduce: str = "mean"
