@@ -2,7 +2,9 @@
 
 `toy("class")`: digits, one class to forget; `toy("mislabelled")`: digits, 60 memorised mislabelled rows to forget;
 `toy("regression")`: diabetes, a range of targets to forget; `toy("language")`: a tiny Llama on made-up facts, some people
-to forget. Each has `.case`, `.original` (= case.model), `.retrained`.
+to forget; `toy("class_images")`, `toy("captions")`: short-trained diffusion models of digits, one class or one style to forget.
+`toy("gan")`: a pair trained on four Gaussians, with its own judged samples as data, one Gaussian to forget.
+Each has `.case`, `.original` (= case.model), `.retrained`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,13 @@ class Toy:
     def gap(self, model: nn.Module) -> float:
         """Mean distance of predictions from `retrained`'s on the forget rows (probabilities, or values)."""
         task, split = self.case.task, self.case.split("forget")
+        if task.name == "gan":
+            from gan_ring import FORGET, shares
+
+            # how often the forgotten is drawn: two models' images of one latent have nothing in common
+            return abs(float(shares(model)[FORGET] - shares(self.retrained)[FORGET]))
+        if task.name == "diffusion":  # how well the forgotten is drawn; two models' noises differ by as much again
+            return abs(self.measure(model, "forget")["loss"] - self.measure(self.retrained, "forget")["loss"])
         total, count = 0.0, 0
         for batch in split.batches():
             if task.name == "language":
@@ -108,6 +117,12 @@ def toy(kind: str = "class", seed: int = 0) -> Toy:
         return _regression(seed)
     if kind == "language":
         return _language(seed)
+    if kind == "gan":
+        from gan_ring import retrained, ring_case
+
+        return Toy(ring_case(seed), retrained(seed + 1))
+    if kind in ("class_images", "captions"):
+        return _class_images() if kind == "class_images" else _captions()
     x, y, x_test, y_test = digits()
     recipe = Training(epochs=40, batch_size=64, optimizer=Optimizer("sgd", lr=0.05, momentum=0.9, schedule="cosine"))
     build = mlp
@@ -233,3 +248,44 @@ def _language(seed: int) -> Toy:
                 holdout=language_table(range(PEOPLE, PEOPLE + UNSEEN)), recipe=recipe, build=build, name="facts")  # fmt: skip
     case = case.with_(model=fit(case, "train", seed))
     return Toy(case, fit(case, "retain", seed + 1))
+
+
+@cache
+def _diffusion(kind: str, exclude):
+    from expunge.benchmarks.image_models import small_class_toy, small_text_toy
+    from expunge.tasks.denoiser import Denoiser
+
+    pipeline = small_class_toy(exclude=exclude) if kind == "class" else small_text_toy(exclude=exclude)
+    return Denoiser(pipeline).eval()
+
+
+def _class_images(rows: int = 240, forget: int = 3) -> Toy:
+    from expunge import pictures
+    from expunge.benchmarks.canvas import digit_images
+
+    model = _diffusion("class", None)
+    (x, y), (x_test, y_test) = digit_images("train"), digit_images("test")
+    case = Case(model, pictures(model, x[:rows], labels=y[:rows]), requests.label(forget), task="diffusion",
+                test=pictures(model, x_test[:120], labels=y_test[:120]), name="class images")  # fmt: skip
+    return Toy(case, _diffusion("class", forget))
+
+
+def _captions(each: int = 4, forget: str = "red") -> Toy:
+    """`each` training images of every style and object, and one unseen."""
+    from expunge import pictures
+    from expunge.benchmarks.canvas import mini_canvas
+
+    model = _diffusion("text", None)
+
+    def table(split: str, count: int):
+        canvas, rows = mini_canvas(split), []
+        for style, number in canvas.cells():
+            rows += ((canvas.styles == style) & (canvas.objects == number)).nonzero()[:count, 0].tolist()
+        styles, numbers = canvas.styles[rows], canvas.objects[rows]
+        captions = [canvas.caption(int(s), int(o)) for s, o in zip(styles, numbers, strict=True)]
+        return pictures(model, canvas.images[rows], prompts=captions, style=styles, object=numbers)
+
+    style = mini_canvas("train").domain(forget)[1]
+    case = Case(model, table("train", each), requests.where("style", "==", style), task="diffusion",
+                test=table("test", 1), name="captions")  # fmt: skip
+    return Toy(case, _diffusion("text", forget))
