@@ -46,13 +46,12 @@ class ClassConditions:
             return self.like(condition)
         if rule == "next":
             return torch.where(condition < self.count, (condition + 1) % self.count, condition)
-        try:
-            return torch.full_like(condition, self.number(rule))
-        except ValueError:
+        if not rule.strip().lstrip("-").isdigit():
             raise BadSetting(
                 f"expected a rule for classes: null, next, or a class number, found '{rule}'; words serve text-conditional "
                 "models only"
-            ) from None
+            )
+        return torch.full_like(condition, self.number(rule))
 
     def number(self, rule: str | int) -> int:
         """A class id from its text, checked against the model's classes."""

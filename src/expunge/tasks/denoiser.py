@@ -209,7 +209,7 @@ class Denoiser(nn.Module):
             return noise
         if kind == "sample":
             return (noisy - b * noise) / a
-        return (noise - b * noisy) / a
+        return (noise - (noisy if kind == "flow" else b * noisy)) / a
 
     # -- networks --------------------------------------------------------------------------------------------------
     def encode(self, condition: Tensor, prefix: Tensor | None = None, words: Tensor | None = None) -> Tensor:

@@ -42,6 +42,8 @@ NO_ANSWER = -100
 """In `labels`: a position that is not part of the answer (torch's and transformers' own mark)."""
 SMALLEST_VARIANCE = 1e-6
 """Of a token's log-probability, below which Min-K%++ divides by this instead."""
+STAGE = 64
+"""Tokens that greedy answers are written in a row before those that have ended are let go."""
 CACHED = 2**16
 """Logits that a core's cache holds beside what is made of them."""
 
@@ -231,28 +233,48 @@ class Language(Task):
     ) -> list[list[int]]:
         """Greedy continuations (sampled with `do_sample=True`), cut before the end token; prompts are padded on the left.
 
-        settings: of transformers' `generate`.
+        Greedy answers are written `STAGE` tokens at a time, and what has ended by then is no longer carried along: the others
+        go on from their own words, in fewer and fuller batches. settings: of transformers' `generate`.
         """
         ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-        place = next(model.parameters()).device
         found: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        open_, stage = list(range(len(prompts))), max_new_tokens if settings or not ends else STAGE
         with evaluating(model):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                longest = max(len(prompts[i]) for i in rows)
-                ids = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows], device=place)
-                mask = torch.tensor(
-                    [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=place
-                )
-                choice = {"do_sample": False} | settings
-                new = model.generate(  # type: ignore[operator]
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                    eos_token_id=ends or None, **choice,
-                )[:, longest:]  # fmt: skip
-                for i, tokens in zip(rows, new.tolist(), strict=True):
-                    stop = next((t for t, token in enumerate(tokens) if token in ends), len(tokens))
-                    found[i] = tokens[:stop]
+            for done in range(0, max_new_tokens, max(stage, 1)):
+                size = min(stage, max_new_tokens - done)
+                texts = [[*prompts[i], *found[i]] for i in open_]
+                written = self._written(model, texts, size, ends, pad, batch_size, settings)
+                going = []
+                for i, tokens in zip(open_, written, strict=True):
+                    stop = next((t for t, token in enumerate(tokens) if token in ends), None)
+                    found[i] += tokens[:stop]
+                    if stop is None:
+                        going.append(i)
+                open_ = going
+                if not open_:
+                    break
+        return found
+
+    @staticmethod
+    def _written(
+        model: nn.Module, texts: Sequence[Sequence[int]], new: int, ends: list[int], pad: int, batch_size: int,
+        settings: dict[str, Any],
+    ) -> list[list[int]]:  # fmt: skip
+        """What the model writes after each text, `new` tokens or up to an end and padding; texts of like length together."""
+        place = next(model.parameters()).device
+        found: list[list[int]] = [[] for _ in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            longest = max(len(texts[i]) for i in rows)
+            ids = torch.tensor([[pad] * (longest - len(texts[i])) + list(texts[i]) for i in rows], device=place)
+            mask = torch.tensor([[0] * (longest - len(texts[i])) + [1] * len(texts[i]) for i in rows], device=place)
+            made = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, max_new_tokens=new, pad_token_id=pad, eos_token_id=ends or None,
+                **({"do_sample": False} | settings),
+            )[:, longest:]  # fmt: skip
+            for i, tokens in zip(rows, made.tolist(), strict=True):
+                found[i] = tokens
         return found
 
     # -- measuring -------------------------------------------------------------------------------------------------
