@@ -47,6 +47,7 @@ from expunge.parts import (
 )
 from expunge.parts.objectives import attention, npo_loss
 from expunge.parts.scopes import top_share
+from expunge.parts.step import Step
 from expunge.tasks import Batch, Classification, Output, Regression
 
 
@@ -459,3 +460,23 @@ def test_formula_reads_like_one():
         "min npo(β=0.5)[forget] + 2·loss[retain] over salient(0.5) balanced by project(retain) against sam(ρ=0.01) "
         "by sgd(lr=0.01) for 3 epochs"
     )
+
+
+def test_a_step_makes_its_generator_when_something_draws() -> None:
+    made: list[int] = []
+    case = small_case()
+
+    def maker() -> torch.Generator:
+        made.append(1)
+        return torch.Generator().manual_seed(3)
+
+    batch = case.split("forget").data.fetch(torch.arange(4))
+    step = Step(case.model, case.task, batch, None, maker)  # type: ignore[arg-type]
+    assert step.loss.shape == (4,) and not made
+    used = torch.Generator().manual_seed(3)
+    torch.rand(2, generator=used)  # what a task's `prepare` drew before
+    begun = Step(case.model, case.task, batch, None, used)  # type: ignore[arg-type]
+    for one in (step, begun):
+        first = torch.rand(5, generator=one.rng)
+        assert torch.equal(torch.rand(5, generator=one.again().rng), first)  # the same draws, wherever this one is
+        assert not torch.equal(torch.rand(5, generator=one.rng), first)

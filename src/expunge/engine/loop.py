@@ -513,11 +513,14 @@ class Phase:
             split = self.splits[name]
             # each process draws for its own rows; one process draws as if there were no others
             own = (self.distribution.rank,) if self.distribution.count > 1 else ()
-            rng = generator(self.seed, "draw", self.position.epoch, self.position.update, name, *own, *draws)
+            rng: Any = partial(
+                generator, self.seed, "draw", self.position.epoch, self.position.update, name, *own, *draws
+            )
             batch = self.bench.fill(split.data.fetch(ids))
-            if split.augment is not None:
-                batch = split.augment(batch, rng)
-            batch = self.bench.task.prepare(batch, rng)
+            if split.augment is not None or self.bench.task.draws:
+                rng = rng()
+                batch = batch if split.augment is None else split.augment(batch, rng)
+                batch = self.bench.task.prepare(batch, rng)
             steps[name] = Step(
                 network, self.bench.task, batch, self.bench.references, rng, name, self.position.epoch,
                 done / total, layers.get(name, ()), self.networks, mean=partial(self.distribution.mean_of, weight=weights[name]),

@@ -58,7 +58,8 @@ class MaskedOptimizer:
         if self.spec.weight_decay and self.spec.name in ("sgd", "adam"):
             moving = [p for p in self.parameters if p.grad is not None]
             if moving:
-                torch._foreach_add_([p.grad for p in moving], moving, alpha=self.spec.weight_decay)
+                with torch.no_grad():
+                    torch._foreach_add_([p.grad for p in moving], moving, alpha=self.spec.weight_decay)
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -79,7 +80,6 @@ class MaskedOptimizer:
             return spec.lr * spec.decay ** sum(epoch >= m for m in spec.milestones)
         return spec.lr
 
-    @torch.no_grad()
     def step(self) -> None:
         if self.inner is None:
             return
@@ -96,12 +96,19 @@ class MaskedOptimizer:
                 group["lr"] = rate
         self._decay()
         self.inner.step()
+        if self.partial:
+            self._restore()
+        self.steps += 1
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """What is outside the mask comes back, and its state is cleared."""
+        assert self.inner is not None
         for p, live, before in self.partial:
             p.copy_(torch.where(live, p, before))
             for value in self.inner.state[p].values():
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     value.mul_(live)
-        self.steps += 1
 
     # -- state as tensors ------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +89,7 @@ class Workbench:
     def step(self, batch: Batch, split: str = "forget", objective: Objective | None = None) -> Step:
         """A step outside the loop: what scopes and edits evaluate objectives on."""
         return Step(
-            self.model, self.task, batch, self.references, generator(self.seed, "workbench", split),
+            self.model, self.task, batch, self.references, partial(generator, self.seed, "workbench", split),
             split=split, layers=tuple(objective.layers) if objective is not None else (), networks=self.networks,
         )  # fmt: skip
 
@@ -135,7 +136,9 @@ class Workbench:
         split = on if isinstance(on, str) else on.name
         with _modes(self.model, training=False):
             for batch in self.batches(on, batch_size, shuffled=shuffled, purpose="importance"):
-                step = self.step(self.task.prepare(batch, generator(self.seed, "prepare", split, count)), split)
+                if self.task.draws:
+                    batch = self.task.prepare(batch, generator(self.seed, "prepare", split, count))
+                step = self.step(batch, split)
                 value = (step.loss if energy is None else energy(step)).mean()
                 found = torch.autograd.grad(value, parameters, allow_unused=True)
                 pairs = [(t, g.to(t.dtype)) for t, g in zip(total, found, strict=True) if g is not None]

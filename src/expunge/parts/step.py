@@ -87,7 +87,8 @@ class Step:
     model: the network under training. networks: all of the method's networks by name ("model" is the user's).
     output: the model's output, computed on first use and shared. features: layer name -> (B, ...) activations.
     references: the frozen models, as cheap as the objective allows.
-    rng: a CPU generator of this step and split. epoch counts from 0, progress runs 0..1 over the whole plan.
+    draws: a CPU generator of this step and split, or what makes one: few steps draw, and only those pay for it.
+    epoch counts from 0, progress runs 0..1 over the whole plan.
     peers: the steps of the other splits of the same joint update.
     shift: what a latent adversary adds to activations (`parts.latents.Shift`). clean: the step before an attack on it.
     """
@@ -96,7 +97,7 @@ class Step:
     task: Task
     batch: Batch
     references: References
-    rng: torch.Generator
+    draws: torch.Generator | Callable[[], torch.Generator]
     split: str = "forget"
     epoch: int = 0
     progress: float = 0.0
@@ -111,15 +112,27 @@ class Step:
     clean: Step | None = None
     _output: Output | None = None
     _features: dict[str, Tensor] = field(default_factory=dict)
+    _rng: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        self._draws = self.rng.get_state()
+        if isinstance(self.draws, torch.Generator):
+            self._rng, state = self.draws, self.draws.get_state()
+            self.draws = lambda: torch.Generator().set_state(state)
+
+    @property
+    def rng(self) -> torch.Generator:
+        """The step's generator, made on first use."""
+        if self._rng is None:
+            self._rng = self.draws()  # type: ignore[operator]
+        return self._rng
 
     @property
     def output(self) -> Output:
         if self._output is None and self.joint is not None:
             self.joint.run()
-        if self._output is None:
+        if self._output is None and self.shift is None and not self.layers:
+            self._output = self.task.forward(self.model, self.batch)
+        elif self._output is None:
             with self._attacked(self.batch), capturing(self.model, self.layers) as seen:
                 self._output = self.task.forward(self.model, self.batch)
             self._features = seen
@@ -161,9 +174,8 @@ class Step:
     def again(self) -> Step:
         """The same batch without the cached forward, with the same draws to come: what an adversary uses after moving weights
         or inputs, so that all its passes see one relabelling."""
-        rng = torch.Generator().set_state(self._draws)
         return Step(
-            self.model, self.task, self.batch, self.references, rng, self.split, self.epoch, self.progress,
+            self.model, self.task, self.batch, self.references, self.draws, self.split, self.epoch, self.progress,
             self.layers, self.networks, self.peers, shift=self.shift,
             clean=None if self.clean is None else self.clean.again(), mean=self.mean,
         )  # fmt: skip

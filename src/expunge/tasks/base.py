@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Batch:
 
     def with_columns(self, **columns: Any) -> Batch:
         """The same batch with some columns added or replaced."""
-        return replace(self, columns={**self.columns, **columns})
+        return Batch(self.ids, {**self.columns, **columns})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -125,6 +125,11 @@ class Task(ABC):
     def prepare(self, batch: Batch, rng: torch.Generator) -> Batch:
         """Draw what the loss needs beyond the data (noise, timesteps, negatives). Default: nothing."""
         return batch
+
+    @property
+    def draws(self) -> bool:
+        """Whether this kind's `prepare` does anything; where not, no generator is made for it."""
+        return type(self).prepare is not Task.prepare
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Output:

@@ -19,8 +19,8 @@ RELABEL_POLICIES = ("other", "uniform")
 def call_model(model: nn.Module, inputs: Tensor) -> Tensor:
     """Run a plain module positionally and a transformers model by its main input's name; return the tensor it predicts."""
     name = getattr(model, "main_input_name", None)
-    keyword = hasattr(model, "config") and name != "input_ids"
-    result = model(**{name: inputs}) if isinstance(name, str) and keyword else model(inputs)
+    keyword = isinstance(name, str) and name != "input_ids" and hasattr(model, "config")
+    result = model(**{name: inputs}) if keyword else model(inputs)
     if isinstance(result, Tensor):
         return result
     if hasattr(result, "logits"):
