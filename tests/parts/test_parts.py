@@ -480,3 +480,5 @@ def test_a_step_makes_its_generator_when_something_draws() -> None:
         first = torch.rand(5, generator=one.rng)
         assert torch.equal(torch.rand(5, generator=one.again().rng), first)  # the same draws, wherever this one is
         assert not torch.equal(torch.rand(5, generator=one.rng), first)
+        one.rng = maker()  # another stream from here on
+        assert torch.equal(torch.rand(5, generator=one.rng), torch.rand(5, generator=maker()))

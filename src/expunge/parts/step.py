@@ -126,6 +126,10 @@ class Step:
             self._rng = self.draws()  # type: ignore[operator]
         return self._rng
 
+    @rng.setter
+    def rng(self, other: torch.Generator) -> None:
+        self._rng = other
+
     @property
     def output(self) -> Output:
         if self._output is None and self.joint is not None:

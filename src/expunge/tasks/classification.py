@@ -19,8 +19,8 @@ RELABEL_POLICIES = ("other", "uniform")
 def call_model(model: nn.Module, inputs: Tensor) -> Tensor:
     """Run a plain module positionally and a transformers model by its main input's name; return the tensor it predicts."""
     name = getattr(model, "main_input_name", None)
-    keyword = isinstance(name, str) and name != "input_ids" and hasattr(model, "config")
-    result = model(**{name: inputs}) if keyword else model(inputs)
+    keyword = name if isinstance(name, str) and name != "input_ids" and hasattr(model, "config") else None
+    result = model(inputs) if keyword is None else model(**{keyword: inputs})
     if isinstance(result, Tensor):
         return result
     if hasattr(result, "logits"):
