@@ -13,7 +13,7 @@ from expunge.cases.text import TextData, plain_text, question_answer
 from expunge.errors import BadData, BadModel, BadRequest, UnmetNeed
 from expunge.parts.step import Joint, Step
 from expunge.seeds import generator
-from expunge.tasks import Batch, Language
+from expunge.tasks import Batch, Language, language
 from toys import language_table, tiny_llama, words_tokenizer
 
 TASK = Language()
@@ -168,6 +168,19 @@ def test_generation_is_greedy_and_independent_of_its_neighbours():
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
+def test_greedy_answers_in_stages_are_the_same_and_ended_ones_leave_the_batch(monkeypatch):
+    net, prompts = model(2), [[3, 4], [7, 8, 9], [9, 10, 11], [5]]
+    whole = TASK.generate(net, prompts, 12, pad=0)
+    end = whole[0][1]  # the first answer ends early
+    expected = [row[: row.index(end)] if end in row else row for row in whole]
+    rows, plain = [], net.generate
+    monkeypatch.setattr(net, "generate", lambda **k: rows.append(len(k["input_ids"])) or plain(**k))
+    monkeypatch.setattr(language, "STAGE", 3)
+    assert TASK.generate(net, prompts, 12, end=end, pad=0) == expected
+    longest = [sum(len(e) >= done for e in expected) for done in (0, 3, 6, 9)]
+    assert rows == [n for n in longest if n] and rows[-1] < len(prompts)
+
+
 def test_prompt_tokens_do_not_depend_on_the_answer_and_the_end_is_learned():
     words = words_tokenizer()
     data = question_answer(words, ["where does p1 live ?"] * 2, ["p1 lives in paris", "cat"], template="{question}")
@@ -211,6 +224,14 @@ def small_case(**changes):
     data = changes.pop("data", None) or language_table(range(6))
     net = changes.pop("model", None) or tiny_llama(len(words_tokenizer()), width=16)
     return Case(net, data, requests.where("person", ">=", 5), task="language", **changes)
+
+
+def test_a_foreign_tokenizer_is_found_wherever_its_tokens_are():
+    data = language_table(range(40))
+    tokens = [list(row) for row in data.tokens]
+    tokens[71][-2] = 5000  # no first, shortest or longest row
+    with pytest.raises(BadData, match="found 5000"):
+        small_case(data=TextData(tokens, data.starts, data.tokenizer, person=data.column("person")))
 
 
 def test_a_forgotten_text_that_is_also_kept_is_refused_with_ids():

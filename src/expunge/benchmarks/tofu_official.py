@@ -221,7 +221,7 @@ class Peer:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(NAME, __doc__)
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of locuslab/open-unlearning")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=60, help="questions of the retain table")
     parser.add_argument("--knowledge", type=int, default=40, help="questions each of real authors and world facts")
     given = parser.parse_args(arguments)
