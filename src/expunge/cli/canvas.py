@@ -39,12 +39,11 @@ def bench(
         from expunge.benchmarks.hub_canvas import from_folders
 
         pieces = from_folders(model, data, judges, retrained, second)
-    single = [text for text in names if len(pieces.target(text)) == 1]
     sections: dict[str, Any] = {}
     found: dict[str, Any] = {}
     began = time.perf_counter()
     with show.Report() as report:
-        for text in single:
+        for text in names:
             started = time.perf_counter()
             found |= unlearncanvas.run(
                 [text], chosen, seeds, bench=pieces, small=small, folder=folder, attacks=attacks, workers=workers,
@@ -53,16 +52,12 @@ def bench(
             body = unlearncanvas.table(found[text], unlearncanvas.control(pieces, text, seeds[0]))
             made = f"`{command}` in {time.perf_counter() - started:.0f} s"
             sections[text] = table_file.Section.of(unlearncanvas.note(found[text], pieces), body, made)
-            _sheets(folder / text, pieces, text, seeds[0], samples or 2, show_forgotten)
-    for text in single:
+            _sheets(folder / text.replace(" ", "-"), pieces, text, seeds[0], samples or 2, show_forgotten)
+    for text in names:
         show.out().print(f"\n[bold]{text}[/]")
         show.out().print(
             escape(unlearncanvas.table(found[text], unlearncanvas.control(pieces, text, seeds[0]))), soft_wrap=True
         )
-    for text in (n for n in names if n not in single):
-        rows = unlearncanvas.finer(pieces, text, chosen, seeds[0], small, toy)
-        show.out().print(f"\n[bold]{text}[/]: one object in one style")
-        _rows(rows)
     if sequence and len(names) > 1:
         for spec in chosen:
             show.out().print(f"\n[bold]{spec[0]}[/]: {', '.join(names)} one after another")
@@ -77,6 +72,30 @@ def bench(
         show.out().print(f"table: {escape(str(table))}", soft_wrap=True)
 
 
+def run_sheets(folder: Path, auditor: Any, outcome: Any, forgotten: bool) -> None:
+    """pictures/kept.png of a run: original, unlearned, retrained under the same noise. forgotten: also what was to be forgotten, and
+    the same after each attack that changes weights."""
+    from expunge.benchmarks import canvas_sheets
+    from expunge.records.sheets import write_sheet
+    from expunge.seeds import derive
+
+    case, exam = outcome.case, outcome.case.exam
+    if exam is None:
+        return
+    models = {"original": case.model, "unlearned": outcome.model}
+    if auditor.gold.model is not None:
+        models["retrained"] = auditor.gold.model
+    canvas_sheets.write(folder, canvas_sheets.sheets(exam, models, forgotten=forgotten))
+    if forgotten and auditor.gold.model is not None:
+        subjects, attacked = auditor.subjects(outcome.model), {"unlearned": outcome.model}
+        for attack in auditor.attacks:
+            if attack.skipped(subjects) is None:
+                seed = derive(auditor.seed, "attack", attack.name)
+                attacked[attack.name] = attack.run(outcome.model, case, auditor.budget.of(attack.name), seed)
+        sheet = canvas_sheets.sheets(exam, attacked, samples=2, forgotten=True)[1]
+        write_sheet(folder / "pictures" / "attacked.png", sheet)
+
+
 def _sheets(folder: Path, pieces: Any, text: str, seed: int, samples: int, forgotten: bool) -> None:
     """Contact sheets of the original, of every method's model of one seed, and of the retrained one."""
     from expunge.benchmarks import canvas_sheets
@@ -85,7 +104,9 @@ def _sheets(folder: Path, pieces: Any, text: str, seed: int, samples: int, forgo
     models = {"original": pieces.original(seed)}
     for run in sorted(folder.glob(f"*/seed{seed}/model")):
         models[run.parent.parent.name] = load_model(run)
-    models["retrained"] = pieces.retrained(seed, text)
+    gold = pieces.retrained(seed, text)
+    if gold is not None:
+        models["retrained"] = gold
     exam = pieces.exam(pieces.target(text))
     for file in canvas_sheets.write(folder, canvas_sheets.sheets(exam, models, samples, forgotten)):
         show.out().print(f"sheet: {escape(str(file))}", soft_wrap=True)

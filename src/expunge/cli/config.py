@@ -8,6 +8,10 @@
     recipe: {epochs: 30, batch_size: 64, optimizer: {name: sgd, lr: 0.05, momentum: 0.9}}
     method: {name: salun, density: 0.5}
 
+    task: diffusion                          # without a model: an embedded one, on its own images
+    request: {concept: red}
+    method: {name: esd, concept: red}
+
 Every mapping refuses unknown keys and suggests the nearest known one. `key=value` overrides go by dotted paths
 (`method.density=0.3`). Relative paths are relative to the YAML file.
 """
@@ -18,7 +22,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -39,22 +43,25 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Where the trained model is: a folder, a hub id, or a function that builds it plus its weights."""
+    """Where the trained model is: a folder, a hub id, or a function that builds it plus its weights; or an embedded one."""
 
     short = "path"
     path: str | None = None
     hub: str | None = None
+    embedded: Literal["text", "class"] | None = Field(
+        default=None, description="a small diffusion model trained on digits: of styles in words, or of classes"
+    )
     factory: str | None = Field(default=None, description="module:function that builds the network")
     weights: str | None = Field(default=None, description="safetensors file with the network's weights")
-    settings: dict[str, Any] = Field(default={}, description="keywords of the factory")
+    settings: dict[str, Any] = Field(default={}, description="keywords of the factory, or of the embedded model")
     tokenizer: str | None = Field(default=None, description="folder or hub id; default: the model's")
     protected: str | None = Field(default=None, description="folder of a model that 'expunge protect' has trained")
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
-        given = [name for name in ("path", "hub", "factory") if getattr(self, name)]
+        given = [name for name in ("path", "hub", "factory", "embedded") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"expected one of path, hub, factory, found {', '.join(given) or 'none'}")
+            raise ValueError(f"expected one of path, hub, factory, embedded, found {', '.join(given) or 'none'}")
         if bool(self.weights) != bool(self.factory):
             raise ValueError("expected factory and weights together: a function that builds and a file that fills")
         return self
@@ -86,11 +93,20 @@ class Table(Section):
     )
     transform: str | None = Field(default=None, description="module:function of a Data that returns a Data")
     text: Text = Text()
+    image: str = Field(default="image", description="diffusion: the column of images")
+    caption: str = Field(default="caption", description="diffusion: the column of prompts")
+    label: str = Field(default="label", description="diffusion: the column of class numbers")
+    embedded: bool = Field(default=False, description="the embedded model's own images")
+    judge: str | None = Field(
+        default=None, description="gan: module:function, images -> probabilities; rows are the model's own samples, judged"
+    )
+    samples: int = Field(default=5000, ge=2, description="gan: how many of them")
+    threshold: float = Field(default=0.5, gt=0, le=1, description="gan: probability from which a sample shows request.label")
 
     @model_validator(mode="after")
     def _one_source(self) -> Table:
-        if bool(self.path) == bool(self.hub):
-            raise ValueError("expected one of path, hub")
+        if sum(map(bool, (self.path, self.hub, self.embedded, self.judge))) != 1:
+            raise ValueError("expected one of path, hub (or judge, for a GAN)")
         return self
 
 
@@ -100,12 +116,13 @@ class Request(Section):
     samples: list[int] | str | None = None
     label: int | None = None
     where: list[Any] | None = Field(default=None, min_length=3, max_length=3)
+    concept: str | None = Field(default=None, description="words: every row whose prompt holds them")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Request:
-        given = [name for name in ("samples", "label", "where") if getattr(self, name) is not None]
+        given = [name for name in ("samples", "label", "where", "concept") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"expected one of samples, label, where, found {', '.join(given) or 'none'}")
+            raise ValueError(f"expected one of samples, label, where, concept, found {', '.join(given) or 'none'}")
         return self
 
 
@@ -122,6 +139,7 @@ class Stepper(Section):
     milestones: tuple[int, ...] = ()
     decay: float = 0.1
     warmup: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 class Recipe(Section):
@@ -131,6 +149,17 @@ class Recipe(Section):
     batch_size: int = Field(default=64, ge=1)
     optimizer: Stepper = Stepper(lr=0.1, momentum=0.9)
     schedule: str | None = None
+
+
+class Measuring(Section):
+    """What is measured while the method runs: the fields of `expunge.Curves`."""
+
+    short = "every"
+    every: int = Field(default=10, ge=1, description="updates between two measurements")
+    of: tuple[str, ...] = Field(
+        default=("forget.loss", "forget.utility", "retain.loss", "retain.utility"), description="split.measurement"
+    )
+    rows: int = Field(default=1000, ge=1, description="of each split, one fixed sample")
 
 
 class Named(Section):
@@ -145,12 +174,34 @@ class Named(Section):
         return dict(self.model_extra or {})
 
 
+class ExamPlan(Section):
+    """What a generative model is asked and who judges it. prompts: {asks: ..., style: red, object: three} each, where the names
+    are the judges'. judges: domain -> folder of an image classifier (transformers), which `held_out` images of known kinds try.
+    """
+
+    prompts: list[dict[str, Any]] = Field(min_length=2)
+    target: dict[str, str] = Field(min_length=1)
+    judges: dict[str, str] = Field(min_length=1)
+    held_out: str = Field(description="folder of real images, <name of the first domain>/<of the second>/<number>.jpg")
+    seeds: int = Field(default=5, ge=1, description="images of each prompt")
+    steps: int = Field(default=50, ge=1)
+    guidance: float = Field(default=7.5, ge=0, description="in diffusers' convention")
+    floor: float = Field(default=0.97, gt=0, le=1, description="least held-out accuracy of a judge")
+    clip: str | None = Field(default=None, description="folder of a CLIP model, for its score")
+
+
 class AuditPlan(Section):
-    """checks: names, or {name: ..., settings}, or a mapping of names to settings; all that fit by default. gold: what
-    `retrained` is. attacks: all, none (false), or names, or {name: ..., settings}. budget: of all attacks."""
+    """checks: names, or {name: ..., settings}, or a mapping of names to settings; all that fit by default. gold: what `retrained` is:
+    how it is made, none, or a folder; second: the folder of another seed of it. exam: of a generative model. attacks: all, none
+    (false), or names, or {name: ..., settings}. budget: of all attacks."""
 
     checks: list[str | Named] | dict[str, dict[str, Any] | None] | None = None
     gold: str = "retrain"
+    second: str | None = None
+    exam: ExamPlan | None = None
+    judge: str | None = Field(
+        default=None, description="gan: module:function that scores its samples; another than data.judge, which filters"
+    )
     attacks: bool | list[str | Named] = True
     budget: dict[str, Any] = Field(default={}, description="what each attack may spend, e.g. {steps: 10}")
     shadows: int = Field(default=0, ge=0, description="models per ensemble for the checks that need distributions")
@@ -200,6 +251,7 @@ class CaseFile(Section):
     name: str = "case"
     model: Model
     data: Table
+    samples: bool = Field(default=False, description="contact sheets of what was to be forgotten as well")
     test: Table | None = None
     holdout: Table | None = None
     task: Named = Named(name="classification")
@@ -208,11 +260,26 @@ class CaseFile(Section):
     method: Named | None = None
     audit: AuditPlan = AuditPlan()
     seeds: Seeds = Seeds()
+    curves: Measuring | None = None
     floor: float | None = Field(
         default=0.5, gt=0, le=1, description="share of utility that must stay; null for no floor"
     )
     out: str | None = None
     base: str = "."
+
+    @model_validator(mode="before")
+    @classmethod
+    def _embedded(cls, value: Any) -> Any:
+        """A diffusion case without a model is about the embedded one, and about its own images."""
+        task = value.get("task") if isinstance(value, Mapping) else None
+        if (task.get("name") if isinstance(task, Mapping) else task) != "diffusion":
+            return value
+        request, found = value.get("request"), dict(value)
+        kind = "class" if isinstance(request, Mapping) and request.get("label") is not None else "text"
+        found.setdefault("model", {"embedded": kind})
+        if isinstance(found["model"], Mapping) and found["model"].get("embedded"):
+            found.setdefault("data", {"embedded": True})
+        return found
 
     @field_validator("name")
     @classmethod

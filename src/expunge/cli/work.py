@@ -14,11 +14,12 @@ from rich.markup import escape
 from expunge.audits.asked import asked
 from expunge.cases import Case
 from expunge.cli import show
-from expunge.cli.build import build_case
+from expunge.cli.build import build_case, golds
 from expunge.cli.config import CaseFile, Named, parse_value, read_case, save_case
 from expunge.cli.estimate import estimate, retraining
 from expunge.engine import weights_digest
 from expunge.engine.distribution import disband, follows
+from expunge.engine.measured import Curves
 from expunge.errors import BadData, BadSetting, UnmetNeed
 from expunge.methods import find
 from expunge.methods.outcome import Outcome, unlearn
@@ -43,12 +44,13 @@ def run(
             "served into a run folder of its own"
         )
     method, folder = _method(case_file), out or case_file.run_folder
+    curves = None if case_file.curves is None else Curves(**case_file.curves.model_dump())
     with show.Report() as report:
         case = build_case(case_file)
         _check_request(case_file)
         outcome = unlearn(
             case, method.name, seed=case_file.seeds.unlearning, run=folder, device=device, floor=case_file.floor,
-            report=report, **method.settings,
+            report=report, curves=curves, **method.settings,
         )  # fmt: skip
     disband()
     if follows():
@@ -70,7 +72,7 @@ def dry_run(file: Path, overrides: list[str]) -> None:
     console.print(f"[bold]method[/]    {about.name} ({kind}): {escape(about.summary)}", soft_wrap=True)
     settings = ", ".join(f"{k}={v}" for k, v in configured.values.items())
     console.print(f"[bold]settings[/]  {escape(settings or 'none')}", soft_wrap=True)
-    unmet = about.unmet(case)
+    unmet = configured.unmet(case)
     if unmet:
         for line in unmet:
             console.print(f"[bold red]unmet[/]     {escape(line)}", soft_wrap=True)
@@ -234,10 +236,16 @@ def _audit(
     ledger: str | None = None,
 ) -> None:
     """Audit, save, print the table and the verdict."""
-    from expunge.records.audit import audit as auditing
+    from expunge.records.audit import Auditor
 
     with show.Report() as report:
-        audited = auditing(outcome.case, outcome, seed=seed, cache=_golds(folder), report=report, **chosen)
+        given = chosen | golds(case_file, outcome.case)
+        auditor = Auditor(outcome.case, seed=seed, cache=_golds(folder), report=report, **given)
+        audited = auditor.audit(outcome)
+        if outcome.case.task.name == "diffusion":
+            from expunge.cli.canvas import run_sheets
+
+            run_sheets(folder, auditor, outcome, case_file.samples)
         audited.save(folder, key)
     console = show.out()
     console.print(audited.table())

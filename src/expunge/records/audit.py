@@ -25,7 +25,7 @@ from expunge.audits.golds import Gold, make_gold
 from expunge.audits.intention import ObservedIntention, observed_intention
 from expunge.audits.profiles import ProfileReport, find_profile, run_profile
 from expunge.audits.subjects import Subjects
-from expunge.audits.verdict import Thresholds, Verdict
+from expunge.audits.verdict import Thresholds, Verdict, proved
 from expunge.cases.case import Case
 from expunge.engine.rundir import machine, save_model, versions
 from expunge.errors import BadModel, BadSetting
@@ -46,6 +46,12 @@ EXPENSIVE = (
     "ain", "relearn_time", "extraction_likelihood", "prompt_generation", "worst_of_n", "odd_answers", "lm_eval",
 )  # fmt: skip
 """Checks that train further models or write many answers; asked for by name, or run by a profile."""
+
+
+WITHOUT_GOLD = Verdict(
+    "inconclusive", "no retrained model to compare with, so nobody can say what a model would do that never saw it",
+    advice="give the folder of a model trained without the data as gold, and another seed of it as the noise floor, or a recipe",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ class Auditor:
     """Audits of one case against one gold.
 
     Args:
-        gold: "retrain", "clean_label", "ensemble", "closed_form", "residual"; or a `Gold`, or a retrained model.
+        gold: "retrain", "clean_label", "ensemble", "closed_form", "residual"; or a `Gold`, or a retrained model; or "none": then
+            nothing is attacked, and the verdict is inconclusive unless the method brings a proof.
         floor: a second gold of another seed, where `gold` was given as a model.
         checks: names, or {"name": ..., **settings} (or a mapping name -> settings); "default" among them, and the default,
             stands for all that serve the task and whose needs the case meets, but those that train further models.
@@ -199,6 +206,8 @@ class Auditor:
             model = given.model if isinstance(given, Gold) else given
             if isinstance(model, nn.Module):
                 self._fits(name, model)
+        if gold == "none":
+            return Gold("none"), None
         if isinstance(gold, str):
             self._tell("retraining the gold", 0, 2)
             first = make_gold(gold, self.case, self.seed + 1001, cache, **settings)
@@ -283,7 +292,7 @@ class Auditor:
         settings = {name: self._settings(name) for name in names}
         attacks = attack_all(
             subjects,
-            self.attacks,
+            self.attacks if subjects.unmet("retrained") is None else (),
             self.budget,
             lambda a: self._tell(a.name, 0, len(self.attacks)),
             memory=self._attacked,
@@ -291,7 +300,10 @@ class Auditor:
         measured = run_checks(
             subjects, names, settings, progress=lambda c: self._tell(c.name, names.index(c.name), len(names))
         )
-        verdict = judge(subjects, self.attacks, self.budget, self.thresholds, outcome.proof)
+        if self.gold.kind == "none":
+            verdict = (proved(outcome.proof, self.thresholds) if outcome.proof else None) or WITHOUT_GOLD
+        else:
+            verdict = judge(subjects, self.attacks, self.budget, self.thresholds, outcome.proof)
         intention = profile = None
         if attacks and subjects.unmet("retrained") is None:
             intention = observed_intention(subjects, outcome.record["method"]["intention"], attacks)

@@ -7,7 +7,8 @@ content policy forbids both. Text from outside is escaped. No example of the dat
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,27 +35,51 @@ from expunge.records.views import (
     utility_row,
 )
 
+TITLES = {
+    "kept": "What must stay, under the same noise", "forgotten": "What was to be forgotten, under the same noise",
+    "attacked": "What was to be forgotten, after each attack",
+}  # fmt: skip
 
-def render(results_or_comparison: Results | Comparison) -> str:
-    """The page as text: for one run, or for a comparison of several."""
+
+def render(results_or_comparison: Results | Comparison, pictures: Sequence[Mapping[str, str]] = ()) -> str:
+    """The page as text: for one run, or for a comparison of several. pictures: title and data URI of each."""
     if isinstance(results_or_comparison, Comparison):
-        return templates().get_template("comparison.html").render(**comparison_view(results_or_comparison))
-    return templates().get_template("run.html").render(**run_view(results_or_comparison))
+        return (
+            templates()
+            .get_template("comparison.html")
+            .render(**comparison_view(results_or_comparison), pictures=pictures)
+        )
+    return templates().get_template("run.html").render(**run_view(results_or_comparison), pictures=pictures)
 
 
 def write_report(path: str | os.PathLike[str], results_or_comparison: Results | Comparison) -> Path:
-    """Write the page to `path` in one step (`DiskFull` leaves an older page as it was)."""
-    return write_atomic(path, render(results_or_comparison))
+    """Write the page to `path` in one step (`DiskFull` leaves an older page as it was). PNG files in a folder `pictures` beside it
+    (contact sheets of a generative model) are put into the page."""
+    return write_atomic(path, render(results_or_comparison, pictures_beside(Path(path))))
 
 
-def render_study(parts: Mapping[str, Comparison], title: str, subtitle: str = "") -> str:
-    """Several comparisons (requests to one model) on one page."""
+def pictures_beside(path: Path) -> list[dict[str, str]]:
+    """Title and data URI of each contact sheet."""
+    return [
+        {
+            "title": TITLES.get(file.stem, file.stem),
+            "uri": "data:image/png;base64," + b64encode(file.read_bytes()).decode(),
+        }
+        for file in sorted((path.parent / "pictures").glob("*.png"), reverse=True)
+    ]
+
+
+def render_study(
+    parts: Mapping[str, Comparison], title: str, subtitle: str = "",
+    pictures: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
+) -> str:  # fmt: skip
+    """Several comparisons (requests to one model) on one page. pictures: of each part."""
     from markupsafe import Markup
 
     body = templates().get_template("comparison_body.html")
     shown = []
     for number, (name, comparison) in enumerate(parts.items()):
-        view = comparison_view(comparison)
+        view = comparison_view(comparison) | {"pictures": (pictures or {}).get(name, ())}
         shown.append(
             {
                 "anchor": f"part{number}",
@@ -67,8 +92,9 @@ def render_study(parts: Mapping[str, Comparison], title: str, subtitle: str = ""
 
 
 def write_study(path: str | os.PathLike[str], parts: Mapping[str, Comparison], title: str, subtitle: str = "") -> Path:
-    """Write the page of several comparisons to `path` in one step."""
-    return write_atomic(path, render_study(parts, title, subtitle))
+    """Write the page of several comparisons to `path` in one step; a part's `pictures` folder lies in a folder of its name."""
+    beside = {name: pictures_beside(Path(path).parent / name.replace(" ", "-") / "report.html") for name in parts}
+    return write_atomic(path, render_study(parts, title, subtitle, beside))
 
 
 @cache

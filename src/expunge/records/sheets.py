@@ -35,7 +35,7 @@ def write_sheet(path: str | Path, sheet: Sheet) -> Path:
     factor = max(1, -(-LEAST // size))
     side = size * factor
     left = 12 + int(max((font.getlength(row) for row in sheet.rows), default=0))
-    wide = each * (side + 1)
+    wide = max(each * (side + 1), 2 + int(max(font.getlength(name) for name in sheet.columns)))
     page = pillow.new(
         "RGB", (left + len(sheet.columns) * (wide + GAP), HEAD + len(sheet.rows) * (side + 1) + GAP), "white"
     )
@@ -44,7 +44,7 @@ def write_sheet(path: str | Path, sheet: Sheet) -> Path:
         pen.text((6, HEAD + number * (side + 1) + side // 2 - 8), row, "black", font=font)
     for place, (name, images) in enumerate(sheet.columns.items()):
         x = left + place * (wide + GAP)
-        pen.text((x, 3), _cut(name, font, wide), "black", font=font)
+        pen.text((x, 3), name, "black", font=font)
         for r, row_images in enumerate(images):
             for c, image in enumerate(row_images):
                 picture = pillow.fromarray(_rgb(image).numpy()).resize((side, side), 0)
@@ -57,9 +57,3 @@ def write_sheet(path: str | Path, sheet: Sheet) -> Path:
 def _rgb(image: Tensor) -> Tensor:
     """(H, W, 3) uint8 of (C, H, W)."""
     return image.expand(3, -1, -1).permute(1, 2, 0).contiguous().to(torch.uint8)
-
-
-def _cut(text: str, font: object, width: int) -> str:
-    while text and font.getlength(text) > width:  # type: ignore[attr-defined]
-        text = text[:-1]
-    return text

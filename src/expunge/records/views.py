@@ -99,8 +99,9 @@ def forget_row(run: Results) -> Measurement | None:
 
 
 def utility_row(run: Results) -> Measurement | None:
-    """The measurement that says how useful the model is."""
-    return _pick(run.measurements, _UTILITY, ("test", "retain", ""), higher=True)
+    """The measurement that says how useful the model is; of a generative model what judges say of its other images."""
+    judged = next((row for row in run.measurements if (row.check, row.name) == ("generation_accuracy", "ra")), None)
+    return judged or _pick(run.measurements, _UTILITY, ("test", "retain", ""), higher=True)
 
 
 def _pick(

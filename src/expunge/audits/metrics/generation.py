@@ -18,7 +18,7 @@ from expunge.audits.metrics.exam import Exam, Marks
 from expunge.audits.subjects import Subjects
 
 SOURCE = "UnlearnCanvas, arXiv 2402.11846"
-FACTS: dict[str, Any] = {"kinds": ("diffusion",), "needs": ("retrained", "exam")}
+FACTS: dict[str, Any] = {"kinds": ("diffusion",), "needs": ("exam",)}
 
 
 def exam_of(subjects: Subjects) -> Exam:
@@ -135,7 +135,7 @@ def _retained(subjects: Subjects, subject: str) -> torch.Tensor:
 
 
 @check("image_distance", direction="lower", source="arXiv 1706.08500, 1801.01401, 1904.06991", kinds=("diffusion",),
-       needs=("retrained", "exam", "exam_reference"))  # fmt: skip
+       needs=("exam", "exam_reference"))  # fmt: skip
 def image_distance(subjects: Subjects) -> list[Measurement]:
     """FID, KID (less what two halves of the real images are apart), precision and recall, on cells and images without the target."""
     exam = exam_of(subjects)
@@ -164,7 +164,7 @@ def image_distance(subjects: Subjects) -> list[Measurement]:
 
 
 @check("image_drift", source="generation audits card (LPIPS or feature distance)", kinds=("diffusion",),
-       needs=("retrained", "exam", "exam_features"))  # fmt: skip
+       needs=("exam", "exam_features"))  # fmt: skip
 def image_drift(subjects: Subjects) -> list[Measurement]:
     """Feature distance of images under the same noise: to the original on what must stay, to the retrained model on the target.
 
@@ -180,6 +180,8 @@ def image_drift(subjects: Subjects) -> list[Measurement]:
     for name, base, where, split in (
         ("drift", "original", ~asked, "retain"), ("distance_to_retrained", "retrained", asked, "forget")
     ):  # fmt: skip
+        if base not in sets:
+            continue
         rows = where & sets[base].finite
 
         def distances(subject: str, base: str = base, rows: torch.Tensor = rows) -> np.ndarray:
@@ -210,7 +212,7 @@ def _unit(features: Any, answers: Any) -> float:
 
 
 @check("clip_score", unit="100 cos", direction="higher", range=(0.0, 100.0), source="arXiv 2104.08718, by torchmetrics",
-       kinds=("diffusion",), needs=("retrained", "exam", "exam_clip"))  # fmt: skip
+       kinds=("diffusion",), needs=("exam", "exam_clip"))  # fmt: skip
 def clip_score(subjects: Subjects) -> list[Measurement]:
     """Mean of max(100 cos(image, prompt), 0) on what must stay, and on the target's prompts, by a CLIP folder of yours."""
     exam, found = exam_of(subjects), []
@@ -235,7 +237,6 @@ def clip_score(subjects: Subjects) -> list[Measurement]:
     range=(0.0, None),
     source=SOURCE,
     kinds=("diffusion",),
-    needs=("retrained",),
 )
 def storage(subjects: Subjects) -> list[Measurement]:
     """What has to be kept beside the original for this request: the tensors that differ from it."""

@@ -1,0 +1,161 @@
+"""UnlearnCanvas's protocol on a text toy of ten training steps: what is asked, of whom, and how it is counted; not its quality."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("torchmetrics")
+
+from expunge.audits.metrics.answer_set import image_seed
+from expunge.benchmarks import unlearncanvas
+from expunge.benchmarks.unlearncanvas import Bench, configured, in_sequence, mini, run, table
+from expunge.errors import BadData, BadSetting, JudgeBelowFloor
+from expunge.tasks.sampling import Sampling
+
+LITTLE = ("generation_accuracy", "storage")
+TINY = {"rows": 20, "steps": 10, "channels": (8, 16)}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return replace(mini(True, cached=False, **TINY), sampling=Sampling(3, 2.0), answer_seeds=(0,))
+
+
+def test_targets_in_words(bench: Bench) -> None:
+    assert bench.target("red") == bench.target("crimson") == {"style": "red"}
+    assert bench.target("three") == {"object": "three"}
+    assert bench.target("red three") == {"style": "red", "object": "three"}
+    with pytest.raises(BadSetting, match="two styles"):
+        bench.target("red plain")
+    with pytest.raises(BadSetting, match="expected a style or object"):
+        bench.target("purple")
+
+
+def test_cells_ask_for_everything_once_and_for_the_style_in_its_other_words(bench: Bench) -> None:
+    cells = bench.cells({"style": "red"})
+    assert len(cells) == 50 and len({cell.asks for cell in cells}) == 50
+    assert [cell.asks for cell in cells if cell.wording][:2] == ["a crimson zero", "a crimson one"]
+    assert len(bench.cells({"object": "three"})) == 40
+    assert sum(cell.holds({"style": "red", "object": "three"}) for cell in bench.cells(bench.target("red three"))) == 2
+
+
+def test_case_names_what_goes_in_its_first_word_and_keeps_the_rest_in_all_words(bench: Bench) -> None:
+    case = bench.case("red")
+    ids = case.data.column("input_ids")
+    says = case.model.conditions.contains
+    forget, retain = case.split("forget").ids, case.split("retain").ids
+    assert bool(says(ids[forget], "red").all()) and not bool(says(ids[retain], "red").any())
+    assert not bool(says(ids, "crimson").any())
+    assert bool(says(ids[retain], "negative").any()) and bool(says(ids[retain], "inverted").any())
+    assert len(forget) == 20 and len(retain) == 60
+    assert len(case.exam.reference) == 60  # test images, none of them red
+    later = bench.case("three", gone=("red",))
+    assert len(later.data) == 60 and not bool(says(later.data.column("input_ids"), "red").any())
+
+
+def test_methods_are_told_of_the_target(bench: Bench) -> None:
+    found = dict(configured(bench, "red", ["uce", "salun_generation", ("esd", {"lr": 0.5}), "fine_tune"]))
+    assert found["uce"]["concept"] == ("red",) and found["uce"]["guide"] == "plain"
+    assert found["salun_generation"]["to"] == "red -> plain"
+    assert found["esd"]["concept"] == "red" and found["esd"]["lr"] == 0.5
+    assert "concept" not in found["fine_tune"]
+    assert (
+        dict(configured(bench, "red three", ["salun_generation"]))["salun_generation"]["to"]
+        == "red three -> plain three"
+    )
+    assert "steps" not in dict(configured(bench, "red", ["esd"], toy=False))["esd"]  # its published defaults
+
+
+def test_table_counts_what_the_slow_loop_counts(bench: Bench, tmp_path) -> None:
+    """UA of the original, by the pipeline prompt by prompt and the judge image by image."""
+    found = run(["red"], ["uce"], [0], bench=bench, small=True, folder=tmp_path, checks=LITTLE)["red"]
+    ua = found.results[0].find("ua", "forget")
+    model, judge = bench.original(0), bench.judges[0]
+    pipe, hits = model.pipeline(), []
+    pipe.set_progress_bar_config(disable=True)
+    for cell in bench.cells({"style": "red"}):
+        for seed in bench.answer_seeds if cell.holds({"style": "red"}) and not cell.wording else ():
+            drawn = pipe(
+                cell.asks, num_inference_steps=3, guidance_scale=2.0, output_type="np",
+                generator=torch.Generator().manual_seed(image_seed(cell, seed)),
+            ).images  # fmt: skip
+            image = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
+            hits.append(int(judge(image).argmax()) == judge.index("red"))
+    assert len(hits) == 10 and ua.original == pytest.approx(100 * (1 - np.mean(hits)))
+    text = table(found, unlearncanvas.control(bench, "red"))
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == [
+        "original",
+        "retrained",
+        "random weights",
+        "uce",
+    ]
+    assert "UA, other words" in text and "CRA" in text and "FR near" not in text
+    assert found.results[0].case.notes["exam"]["sampling"]["steps"] == 3
+    assert "held-out real images" in unlearncanvas.note(found, bench)
+    storage = found.results[0].find("storage")
+    attention = [p for n, p in model.named_parameters() if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+    assert storage.original == 0 and storage.unlearned == pytest.approx(sum(p.numel() * 4 for p in attention) / 2**20)
+
+
+def test_one_object_in_one_style_needs_no_gold(bench: Bench, tmp_path) -> None:
+    found = run(["red three"], ["uce"], [0], bench=bench, small=True, folder=tmp_path, checks=LITTLE)["red three"]
+    text = table(found, unlearncanvas.control(bench, "red three"))
+    assert "FR near" in text and "IRA" not in text and "retrained" not in text
+    assert found.results[0].verdict.verdict == "inconclusive"
+    assert "no retrained model" in found.results[0].verdict.reason
+
+
+def test_requests_one_after_another(bench: Bench) -> None:
+    rows = in_sequence(bench, ["red", "three"], "uce", small=True)
+    assert [row["removed"] for row in rows] == ["red", "three"]
+    assert rows[0]["rebound"] == 0 and rows[1]["rebound"] == rows[0]["ua red"] - rows[1]["ua red"]
+    assert "ua three" in rows[1] and "ua three" not in rows[0]
+
+
+# -- the public data set's layout --------------------------------------------------------------------------------------
+@pytest.fixture
+def hub(tmp_path):
+    """Two styles x two objects x seven flat pictures whose brightness tells the number, and two untrained ViT judges."""
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    for s, style in enumerate(("Blue_Ink", "Seed_Images")):
+        for o, name in enumerate(("Cats", "Dogs")):
+            folder = tmp_path / "data" / style / name
+            folder.mkdir(parents=True)
+            for number in range(1, 12):
+                Image.new("RGB", (20, 16), (20 * number, 100 * s, 100 * o)).save(folder / f"{number}.png")
+    for domain, names in (("style", ("Blue Ink", "Seed Images")), ("object", ("Cats", "Dogs"))):
+        config = transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
+            id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
+        )  # fmt: skip
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "judges" / domain)
+    return tmp_path
+
+
+def test_the_public_layout_is_read_with_its_captions_and_reference_images(hub, bench: Bench) -> None:
+    from expunge.benchmarks.hub_canvas import from_folders, read_canvas
+
+    train, test = (read_canvas(hub / "data", (3, 8, 8), split) for split in ("train", "test"))
+    assert len(test) == 4 * 5 and len(train) == 4 * 6
+    assert train.caption(0, 1) == "A Dogs image in Blue Ink style."
+    reds = (test.of(0, 0)[:, 0, 4, 4] + 1) * 127.5
+    assert reds.round().tolist() == [20, 40, 60, 80, 100]  # numbers 1 to 5, not 1, 10, 11, 2, 3
+    bench.original(0).save_pretrained(hub / "pipeline")
+    pieces = from_folders(hub / "pipeline", hub / "data", hub / "judges")
+    assert pieces.target("Blue_Ink Dogs") == {"style": "Blue_Ink", "object": "Dogs"}
+    assert [judge.names for judge in pieces.judges] == [("Blue_Ink", "Seed_Images"), ("Cats", "Dogs")]
+    assert all(judge.tested == 20 for judge in pieces.judges)
+    with pytest.raises(JudgeBelowFloor, match="held-out real images"):  # untrained: its table is refused
+        pieces.case("Blue_Ink")
+    assert len(replace(pieces, floor=0.0).case("Blue_Ink").split("forget")) == 2 * 2
+    with pytest.raises(BadSetting, match="--judges"):
+        from_folders(hub / "pipeline", hub / "data", None)
+    with pytest.raises(BadData, match="style/object/number.jpg"):
+        read_canvas(hub / "pipeline", (3, 8, 8))
