@@ -1,0 +1,47 @@
+"""Settings that suit the embedded toys (8x8, minutes on one core); a method's own defaults are its paper's, for Stable Diffusion.
+
+What is to go and what stands in for it is the benchmark's to say (`concept`, `anchor`, `to`), so it is not here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Settings = dict[str, dict[str, Any]]
+
+TEXT: Settings = {
+    "uce": {"guide": "plain", "expand": True},
+    "concept_ablation": {"steps": 120, "lr": 1e-3, "batch_size": 16, "images": 200},
+    "esd": {"steps": 80, "lr": 1e-3, "batch_size": 8, "sampling_steps": 20},
+    "salun_generation": {"steps": 100, "lr": 2e-4, "batch_size": 32},
+    "doco": {
+        "steps": 150, "warm_up": 100, "lr": 1e-3, "discriminator_lr": 5e-4, "batch_size": 16, "images": 100, "guidance": 3.0,
+    },
+    "erasediff": {"lam": 1.0, "lr": 3e-4, "steps": 100, "batch_size": 16},
+    "scissorhands": {"lam": 1.0, "lr": 3e-4, "steps": 150, "batch_size": 16, "sparsity": 0.9, "batches": 4},
+    "selective_amnesia": {
+        "lam": 0.01, "samples": 40, "timesteps": 50, "images": 100, "sampling_steps": 20, "guidance": 3.0, "steps": 150,
+        "lr": 3e-4, "batch_size": 32,
+    },
+    "sfd": {
+        "g_f": 1.0, "w_f": 1.0, "lr": 1e-4, "fake_lr": 3e-4, "steps": 500, "batch_size": 32, "decay": 0.98, "guidance": 2.0,
+    },
+}  # fmt: skip
+"""Text toy on MiniCanvas."""
+
+CLASS: Settings = {
+    "esd": {"scope": "all", "steps": 60, "lr": 2e-4, "batch_size": 8, "sampling_steps": 25},
+    "salun_generation": {"steps": 150, "lr": 2e-4, "batch_size": 64},
+    "doco": {
+        "scope": "all", "steps": 150, "warm_up": 100, "lr": 1e-4, "discriminator_lr": 5e-4, "batch_size": 16, "images": 100,
+        "guidance": 2.0,
+    },
+    "erasediff": {"lam": 1.0, "lr": 2e-4, "steps": 60, "batch_size": 32},
+    "scissorhands": {"lam": 1.0, "lr": 3e-4, "steps": 100, "batch_size": 32, "sparsity": 0.9, "batches": 4},
+    "selective_amnesia": {
+        "lam": 0.01, "samples": 30, "timesteps": 64, "images": 80, "sampling_steps": 15, "guidance": 2.0, "steps": 100,
+        "lr": 3e-4, "batch_size": 32,
+    },
+    "sfd": {"g_f": 1.0, "w_f": 1.0, "lr": 1e-4, "fake_lr": 3e-4, "steps": 400, "batch_size": 32, "decay": 0.98},
+}  # fmt: skip
+"""Class toy."""
