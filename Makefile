@@ -62,8 +62,11 @@ bench-tofu-large: .venv/.installed ## TOFU in full on 109 M parameters, twelve m
 	$(RUN) -m expunge.benchmarks.tofu_large
 bench-language-gpu: .venv/.installed ## the language ratios on a GPU, after bench-tofu-large: make bench-language-gpu PEER=path/to/checkout
 	$(RUN) -m expunge.benchmarks.language_gpu --peer $(PEER)
+bench-gpu: .venv/.installed ## loop, memory, ensembles, bf16 and unlearning time on a CUDA device (EXPUNGE_DATA)
+	$(RUN) -m expunge.benchmarks.gpu
+	$(RUN) -m expunge.benchmarks.speed --device cuda --rows 20000 --trained 80 --skip lat smooth_npo ntk_forgetting prune_first
 bench-language: .venv/.installed ## every language method on the embedded model (EXPUNGE_DATA): one budget, one level, SAM
-	for table in fixed matched sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
+	for table in fixed matched muse sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
 bench-language-cost: .venv/.installed ## time and memory beside open-unlearning, logits in pieces: make bench-language-cost PEER=path/to/checkout
 	$(RUN) -m expunge.benchmarks.language_cost $(if $(PEER),--peer $(PEER),--parts logits)
 
@@ -75,4 +78,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-language bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
+.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gpu bench-language bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean

@@ -124,13 +124,17 @@ def one(label: str, seed: int, auditor: Auditor, folder: Path, level: float | No
     else:
         if label in LONGER:
             chosen |= {"epochs": max(LONG, chosen["epochs"])}
-        action = find(name).configure(**chosen).action(case)
+        configured = find(name).configure(**chosen)
+        action = configured.action(case)
         assert isinstance(action, Plan)
         stop = reaches(level, key="probability", split="forget", every=2)
         outcome = unlearn(
             case, action.with_(stop=stop if action.stop is None else action.stop | stop), seed=seed, floor=None
         )
-        outcome.record["method"] |= {"name": name, "settings": chosen | {"until": f"forget probability {level}"}}
+        outcome.record["method"] |= {
+            "name": name,
+            "settings": {**configured.values, "until": f"forget probability {level}"},
+        }
     results = auditor.audit(outcome).results
     results.save(kept)
     return results

@@ -153,7 +153,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         f"{case.recipe.epochs} epochs. The original was trained for {given.trained} epochs: accuracy {known['retain']['accuracy']:.3f} "
         f"on kept training rows, {known['test']['accuracy']:.3f} on unseen ones of the kept classes.\n\n{table(rows)}"
     )
-    body += "".join(f"\nNot run: {name}: {why}.\n" for name, why in unable.items())
+    for why in dict.fromkeys(unable.values()):
+        body += f"\nNot run: {', '.join(name for name in unable if unable[name] == why)}: {why}.\n"
     name = NAME if given.device == "cpu" else f"gpu_{NAME}"
     publish(name, spelled(NAME, arguments), time.perf_counter() - start, body, given.out or None)
     return rows

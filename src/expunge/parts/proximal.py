@@ -43,7 +43,8 @@ class SoftThreshold(Proximal):
         rank = int(self.share * sizes.numel() * (1 - progress))
         if rank < 1:
             return
-        threshold = sizes.kthvalue(rank).values
+        # on CUDA a selection in one row occupies one block, a sort the whole device
+        threshold = sizes.sort().values[rank - 1] if sizes.is_cuda else sizes.kthvalue(rank).values
         for p, a, d in zip(parameters, anchors, moved, strict=True):
             # equal to the formula, and gives the anchor's very bits where the weight snaps back
             p.copy_(torch.where(d.abs() <= threshold, a, a + d.sign() * (d.abs() - threshold)))
