@@ -156,12 +156,15 @@ def test_estimate_by_hand(case_file):
 
 
 def test_run_leaves_a_run_folder_and_resumes_it(shell, case_file):
-    result = shell("run", case_file, "--no-audit", "method.density=0.4")
+    result = shell(
+        "run", case_file, "--no-audit", "method.density=0.4", "curves={every: 1, of: [forget.loss], rows: 50}"
+    )
     assert result.exit_code == 0, result.output
     run = case_file.parent / "runs" / "threes"
     for name in ("case.yaml", "config.yaml", "env.json", "request.json", "metrics.jsonl", "outcome.json"):
         assert (run / name).exists(), name
     assert yaml.safe_load((run / "config.yaml").read_text())["settings"]["density"] == 0.4
+    assert '"forget.loss"' in (run / "metrics.jsonl").read_text()  # and the tensors are those of a run without curves
     case = build_case(read_case(case_file))
     expected = unlearn(case, find("salun").configure(density=0.4, epochs=2, batch_size=64)).model.state_dict()
     found = load_file(run / "model" / "model.safetensors")

@@ -90,3 +90,11 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str):
         read_case(tmp_path / "case.yaml")
     with pytest.raises(BadSetting, match="check the path"):
         read_case(tmp_path / "none.yaml")
+
+
+def test_curves_have_a_short_form_and_limits(tmp_path: Path):
+    assert check_case(GOOD | {"curves": 5}).curves.every == 5 and check_case(GOOD).curves is None
+    case = check_case(GOOD | {"curves": {"of": ["forget.loss"], "rows": 64}})
+    assert case.curves.of == ("forget.loss",) and read_case(save_case(case, tmp_path)).curves == case.curves
+    with pytest.raises(BadSetting, match="Did you mean 'every'"):
+        check_case(GOOD | {"curves": {"evry": 3}})

@@ -135,6 +135,19 @@ def test_dpo_idk_flat_and_llmu_read_refusals_to_the_same_questions():
     check(c, moved(c, "llmu", normal=0.0), lambda m: -0.5 * over_tokens(m, f, nll) + over_tokens(m, e, nll))
 
 
+def test_refusals_are_needed_only_where_they_are_read():
+    """dpo(answers="other") reads other rows' answers: data without refusals will do."""
+    table = rows(9)
+    torch.manual_seed(0)
+    bare = Case(llama(layers=2).double(), table, requests.samples(range(4)), task="language")
+    with pytest.raises(UnmetNeed, match="decline"):
+        unlearn(bare, "dpo")
+    with pytest.raises(UnmetNeed, match="other answers to each question"):
+        unlearn(bare, "dpo", answers="alternates")
+    assert unlearn(bare, "dpo", answers="other", floor=None, **ONE_STEP).record["updates"] == 1
+    assert find("dpo").configure(answers="other").unmet(bare) == []
+
+
 def test_altpo_prefers_the_rows_own_alternatives():
     alternates = [[[10 + i, 2]] for i in range(9)]
     c = case(alternates=alternates)

@@ -525,3 +525,28 @@ def test_a_classifiers_answer_is_no_input_and_its_forward_is_shared():
         assert objective(one).shape == (4,)
     assert len(calls) == 1
     assert isinstance(one.output, Output)
+
+
+def test_other_answers_drawn_once_are_kept_for_every_row_whatever_their_length():
+    """Epoch after epoch the same answers, the loss is theirs, and prompts stay."""
+    import copy as copies
+
+    from expunge.engine import Workbench
+    from expunge.parts.step import Step
+    from expunge.seeds import generator
+    from tiny_language import language_case
+
+    case = language_case()
+    bench = Workbench(case, copies.deepcopy(case.model), 5)
+    objective = relabel("other", draw="once")
+    kept = objective.prepare(bench, "forget")
+    assert kept == objective.prepare(bench, "forget") and sorted(kept) == case.split("forget").ids.tolist()
+    own = {i: case.data.tokens[i][case.data.starts[i] :] for i in kept}
+    assert any(len(kept[i]) != len(own[i]) for i in kept) and all(kept[i] in own.values() for i in kept)
+    batch = next(iter(bench.batches("forget", 3)))
+    step = Step(bench.model, case.task, batch, bench.references, generator(0, "step"), scratch={"memory": kept})
+    found = objective(step)
+    for place, row in enumerate(batch.ids.tolist()):
+        prompt = case.data.tokens[row][: case.data.starts[row]]
+        logits = bench.model(input_ids=torch.tensor([prompt + kept[row]])).logits[0, len(prompt) - 1 : -1]
+        assert torch.allclose(found[place], F.cross_entropy(logits, torch.tensor(kept[row])), atol=1e-6)

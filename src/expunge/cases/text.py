@@ -105,9 +105,11 @@ class TextData(Data):
         return digests
 
     def telling_rows(self) -> Tensor:
-        """The first rows, the shortest and the longest: what one forward should see to find rows that do not fit."""
+        """The first rows, the shortest, the longest and the one with the largest token: what one forward should see to find
+        rows that do not fit (a tokenizer of another model is found wherever its tokens are)."""
         order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
-        return torch.tensor(sorted({*range(min(4, len(self))), order[0], order[-1]}))
+        largest = max(range(len(self)), key=lambda i: max(self.tokens[i]))
+        return torch.tensor(sorted({*range(min(4, len(self))), order[0], order[-1], largest}))
 
     def save_beside(self, folder: Path) -> None:
         if self.tokenizer is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, get_type_hints
@@ -91,8 +91,9 @@ class Method:
             ) from error
         return Configured(self, {k: getattr(checked, k) for k in known})
 
-    def unmet(self, case: Case) -> list[str]:
-        """Every unmet need, each with its reason and its remedy."""
+    def unmet(self, case: Case, values: Mapping[str, Any] | None = None) -> list[str]:
+        """Every unmet need, each with its reason and its remedy. values: the settings, of which `answers` says whether refusals
+        or a row's own alternatives are read, or neither."""
         found = []
         if self.kinds != ANY_KIND and case.task.name not in self.kinds:
             found.append(
@@ -104,7 +105,10 @@ class Method:
             found.append(
                 f"{self.name} needs a model trained for it, and this one was trained for {trained_for}; use that method"
             )
-        for need in self.needs:
+        needs, answers = self.needs, (values or {}).get("answers", "refusal")
+        if "refusals" in needs and answers != "refusal":
+            needs = tuple(n for n in needs if n != "refusals") + (("alternates",) if answers == "alternates" else ())
+        for need in needs:
             check, why = NEEDS[need]
             if not check(case):
                 found.append(f"{self.name} needs {why}")
@@ -126,9 +130,13 @@ class Configured:
         takes_case = "case" in inspect.signature(self.method.function).parameters
         return self.method.function(**({"case": case} if takes_case else {}), **self.values)
 
+    def unmet(self, case: Case) -> list[str]:
+        """Every need of the method with these settings that the case does not meet."""
+        return self.method.unmet(case, self.values)
+
     def check(self, case: Case) -> None:
         """Raise one `UnmetNeed` with everything that is missing."""
-        missing = self.method.unmet(case)
+        missing = self.unmet(case)
         if missing:
             raise UnmetNeed(
                 f"expected the case to have what {self.name} needs, found {len(missing)} unmet: " + "; ".join(missing)

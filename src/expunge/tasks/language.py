@@ -174,7 +174,7 @@ class Language(Task):
             raise BadSetting(
                 f"expected a relabel policy of language, one of {RELABEL_POLICIES}, found {policy!r}; use one of them"
             )
-        prompts, answers = self.prompts(batch), self.answer_tokens(batch)
+        answers = self.answer_tokens(batch)
 
         def draw(count: int) -> int:
             return int(torch.randint(count, (1,), generator=rng))
@@ -193,8 +193,13 @@ class Language(Task):
                 batch, "_alternates", "alternative answers", "pass question_answer(..., alternates=...)"
             )
             new = [list(table[i][draw(len(table[i]))]) for i in batch.ids.tolist()]
-        return batch.with_columns(**padded([p + a for p, a in zip(prompts, new, strict=True)],
-                                           [len(p) for p in prompts], batch))  # fmt: skip
+        return self.with_answers(batch, new)
+
+    def with_answers(self, batch: Batch, answers: Sequence[Sequence[int]]) -> Batch:
+        """The same prompts with these answers, one for each row."""
+        prompts = self.prompts(batch)
+        rows = [p + list(a) for p, a in zip(prompts, answers, strict=True)]
+        return batch.with_columns(**padded(rows, [len(p) for p in prompts], batch))
 
     @staticmethod
     def _needed(batch: Batch, column: str, what: str, remedy: str) -> Any:

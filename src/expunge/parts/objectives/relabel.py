@@ -30,15 +30,17 @@ class Relabel(Objective):
         """With draw="once": a new answer for every row of the split, drawn before the first step."""
         if self.draw == "step":
             return None
-        if workbench.task.ragged:
-            raise BadSetting(
-                f"expected answers of one size to keep one for every row, found {workbench.task.name}, whose answers differ "
-                "in length; use draw='step', which draws them anew"
-            )
         rows = workbench.splits[split]
+        rng = generator(workbench.seed, "relabel", split)
+        if workbench.task.ragged:  # answers of different lengths: kept row by row
+            task = workbench.task
+            kept: dict[int, list[int]] = {}
+            for batch in workbench.batches(rows, 64):
+                new = task.relabel(batch, rng, self.policy)
+                kept |= dict(zip(batch.ids.tolist(), task.answer_tokens(new), strict=True))
+            return kept
         labels_of = workbench.task.labels
         table: torch.Tensor | None = None
-        rng = generator(workbench.seed, "relabel", split)
         for batch in workbench.batches(rows, 4096):
             new = workbench.task.relabel(batch, rng, self.policy)[labels_of]
             if table is None:
@@ -50,6 +52,9 @@ class Relabel(Objective):
         task = step.task
         if self.draw == "step":
             batch = task.relabel(step.batch, step.rng, self.policy)
+        elif task.ragged:
+            own = step.scratch["memory"]
+            batch = task.with_answers(step.batch, [own[row] for row in step.batch.ids.tolist()])  # type: ignore[attr-defined]
         else:
             table = step.scratch["memory"]
             batch = step.batch.with_columns(**{task.labels: table[step.batch.ids].to(step.batch[task.labels])})  # type: ignore[attr-defined]
