@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from expunge import Optimizer, Plan, Term
-from expunge.engine import RunDirectory, execute
+from expunge.engine import RunDirectory, checkpoint, execute
 from expunge.engine.checkpoint import Checkpointer
 from expunge.engine.distribution import Distribution, follows
 from expunge.parts import average, low_rank, match, npo, project, salient, sam, utility_floor
@@ -47,7 +48,7 @@ def main(out: Path, modes: list[str]) -> None:
         os.environ |= {"ACCELERATE_USE_FSDP": str(shards).lower(), "FSDP_VERSION": "2"}
         for name in PLANS if shards or alone else WITH_COPIES:
             found[mode][name] = one(out, mode, name, PLANS[name])
-        if shards:
+        if not alone:
             found[mode]["resumed"] = resumed(out, mode)
     if not follows():
         (out / "found.json").write_text(json.dumps(found))
@@ -75,9 +76,13 @@ def is_cut(model: torch.nn.Module) -> bool:
 
 
 def resumed(out: Path, mode: str) -> dict:
-    """Killed after the second checkpoint, then run again in the same folder."""
-    saved = Checkpointer.save
+    """Killed after the second checkpoint, then run again in the same folder; the first process's disk is slow."""
+    saved, write = Checkpointer.save, checkpoint.write_atomic
     count: list[int] = []
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return write(*arguments)
 
     def save_and_die(self, phase):
         saved(self, phase)
@@ -85,15 +90,15 @@ def resumed(out: Path, mode: str) -> dict:
         if len(count) == 2:
             raise Killed
 
-    Checkpointer.save = save_and_die
+    Checkpointer.save, checkpoint.write_atomic = save_and_die, slowly
     try:
-        with RunDirectory(out / "run") as directory:
+        with RunDirectory(out / f"run-{mode}") as directory:
             one(out, mode, "resumed", PLANS["npo"], run=directory, identity="x", checkpoint_steps=1)
     except Killed:
         pass
     finally:
-        Checkpointer.save = saved
-    with RunDirectory(out / "run") as directory:
+        Checkpointer.save, checkpoint.write_atomic = saved, write
+    with RunDirectory(out / f"run-{mode}") as directory:
         return one(out, mode, "resumed", PLANS["npo"], run=directory, identity="x", checkpoint_steps=1)
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from expunge.engine.distribution import complete, fitted
+from expunge.engine.distribution import complete, fitted, together
 from expunge.errors import BadCheckpoint
 from expunge.files import digest_weights, write_atomic
 
@@ -97,8 +97,11 @@ class Checkpointer:
         # shards are put together by all processes; the first one writes. clone: tied weights share memory, which the
         # format refuses
         tensors = {k: complete(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
-        if not phase.distribution.is_main:
-            return
+        if phase.distribution.is_main:
+            self._write(phase, tensors)
+        together()  # who reads an older checkpoint than the first process makes other collectives than it
+
+    def _write(self, phase: Phase, tensors: dict[str, Tensor]) -> None:
         position = asdict(phase.position)
         meta = {
             "format": FORMAT,

@@ -206,6 +206,12 @@ def follows() -> bool:
     return int(os.environ.get("RANK", "0")) > 0
 
 
+def together() -> None:
+    """Wait until every process has come this far, so that all of them see what the first has written."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def disband() -> None:
     """After the run of several processes: the first goes on alone (audits, reports), the others have nothing left to do."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from expunge.cases.case import Case
+from expunge.engine.distribution import together
 from expunge.engine.execute import Result, execute, run_identity, weights_digest
 from expunge.engine.measured import Curves
 from expunge.engine.rundir import RunDirectory, machine, versions
@@ -172,6 +173,7 @@ def unlearn(
         directory.write_json("request.json", case.describe()["request"])
         outcome = go(directory, identity)
         if directory.reads_only:  # one of several processes, and not the one that writes
+            together()
             return outcome
         if is_protected(outcome.model):
             save_protected(outcome.model, directory.model_path)  # it can serve the next request
@@ -180,6 +182,7 @@ def unlearn(
             case.data.save_beside(directory.model_path)
         directory.write_json("outcome.json", {"identity": identity, "record": outcome.record, "proof": outcome.proof})
         (directory.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        together()
         return outcome
 
 
