@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from expunge.audits.base import run_checks
-from expunge.audits.metrics.gan import GanExam, diversity, pul, verify_independent
+from expunge.audits.metrics.gan import GanExam, diversity, pul
 from expunge.audits.subjects import Subjects
+from expunge.cases.feedback import feedback, verify_independent
 from expunge.errors import BadSetting
 from expunge.tasks.gan import GanPair, frechet
 from gan_ring import FORGET, MODES, RingGenerator, build, chances, judge, real_case, retrained, ring, ring_case
@@ -52,8 +53,8 @@ def exam(**more) -> GanExam:
 def test_the_judge_that_filtered_may_not_score():
     case = ring_case()
     with pytest.raises(BadSetting, match="train a second one"):
-        verify_independent(judge, case.notes)
-    verify_independent(chances, case.notes)
+        feedback(case.model, judge, FORGET, samples=50, exam=exam())
+    verify_independent(chances, case.notes["feedback"])
     subjects = Subjects(case.with_(exam=exam()), case.model, case.model, retrained())
     with pytest.raises(BadSetting, match="train a second one"):
         run_checks(subjects, ["pul"])

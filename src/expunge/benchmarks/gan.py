@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from expunge.audits.golds import Gold, original, retrain
-from expunge.audits.metrics.gan import GanExam, diversity, pul, verify_independent
+from expunge.audits.metrics.gan import GanExam, diversity, pul
 from expunge.audits.metrics.judges import Judge, cnn_judge, require
 from expunge.benchmarks import table_file
 from expunge.benchmarks.canvas import digit_images
@@ -43,8 +43,7 @@ from expunge.cases import Case, requests
 from expunge.cases.feedback import feedback
 from expunge.files import write_atomic
 from expunge.methods.outcome import unlearn
-from expunge.parts.adversaries import moving_average
-from expunge.parts.objectives.adversarial import deceive, discriminator
+from expunge.parts.objectives.adversarial import gan_training
 from expunge.parts.plan import Optimizer, Training
 from expunge.tasks.gan import Gan, GanPair
 
@@ -59,10 +58,7 @@ SHORT = 12
 def recipe(epochs: int = EPOCHS, lr: float = 2e-3, penalty: float = 1.0) -> Training:
     """GAN training: both networks by Adam (0, 0.99), a lazy R1 penalty, and the generator's average with a half-life of 10,000
     images as what ships."""
-    return Training(
-        epochs=epochs, batch_size=BATCH, optimizer=Optimizer("adam", lr=lr, betas=(0.0, 0.99)), objective=deceive(),
-        adversary=discriminator(lr=lr, penalty=penalty), average=moving_average(half_life=10_000 / BATCH),
-    )  # fmt: skip
+    return gan_training(epochs, BATCH, Optimizer("adam", lr=lr, betas=(0.0, 0.99)), penalty)
 
 
 def untrained() -> GanPair:
@@ -187,7 +183,6 @@ def walked(model: nn.Module, other: nn.Module, length: float) -> nn.Module:
 def rows_of(testbed: GanDigits, labels: Sequence[str] = tuple(ROWS)) -> dict[str, dict[str, Any]]:
     """All rows of one seed."""
     case, exam = testbed.feedback, digits_exam(testbed.seed)
-    verify_independent(exam.judge, case.notes)
     require(filter_judge(), exam.judge)  # type: ignore[arg-type]
     before = exam.classes(exam.samples(case.model))
     found = {"original": score(case.model, before, exam), "retrained": score(testbed.retrained.model, before, exam)}  # type: ignore[arg-type]
@@ -227,7 +222,9 @@ def markdown(seeds: dict[int, dict[str, dict[str, Any]]]) -> str:
         cells = []
         for column in COLUMNS:
             values = [rows[label][column] for rows in seeds.values() if label in rows and column in rows[label]]
-            half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            half = (
+                t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            )
             spread = f" ± {half:.2g}" if half else ""
             cells.append(f"{np.mean(values):.4g}{spread}" if values else "")
         gone = sum(bool(rows[label]["collapsed"]) for rows in seeds.values() if label in rows)

@@ -10,7 +10,7 @@ audits refuse a scoring judge of the same digest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,15 @@ def judge_digest(judge: Any) -> str:
         return digest_weights(judge.state_dict())
     name = f"{getattr(judge, '__module__', '')}.{getattr(judge, '__qualname__', type(judge).__qualname__)}"
     return hashlib.sha256(name.encode()).hexdigest()
+
+
+def verify_independent(scoring: Judge | None, told: Mapping[str, Any]) -> None:
+    """Raise where the judge that scores is the one that split the samples which a method learns from. told: of `own_samples`."""
+    if scoring is not None and told.get("judge") == judge_digest(scoring):
+        raise BadSetting(
+            "expected a scoring judge that is not the one which filtered the samples, found the very same "
+            f"({judge_digest(scoring)[:12]}); train a second one"
+        )
 
 
 def split_by(probabilities: Tensor, forget: int, threshold: float) -> Tensor:
@@ -108,5 +117,6 @@ def feedback(
     """
     made = make_task(task) if not isinstance(task, Gan) else task
     assert isinstance(made, Gan)
+    verify_independent(getattr(case.get("exam"), "judge", None), {"judge": judge_digest(judge)})
     table, told = own_samples(model, judge, forget, samples=samples, threshold=threshold, seed=seed, task=made)
     return Case(model, table, requests.label(forget), task=made, notes={"feedback": told}, **case)

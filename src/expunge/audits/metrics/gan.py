@@ -26,7 +26,7 @@ from expunge.audits.base import Measured, Measurement, check
 from expunge.audits.metrics import images
 from expunge.audits.metrics.judges import FLOOR, require, to_uint8
 from expunge.audits.subjects import Subjects
-from expunge.cases.feedback import Judge, judge_digest, judged
+from expunge.cases.feedback import Judge, judge_digest, judged, verify_independent
 from expunge.errors import BadSetting
 from expunge.tasks.gan import Gan, frechet
 
@@ -165,23 +165,13 @@ class GanExam:
         return f"{self.count} samples, judge {judge_digest(self.judge)[:12]}{told}, features: {self.feature_name}"
 
 
-def verify_independent(scoring: Judge, notes: Mapping[str, Any]) -> None:
-    """Raise where the judge that scores is the one that split the samples which a method learned from."""
-    filtering = notes.get("feedback", {}).get("judge")
-    if filtering is not None and filtering == judge_digest(scoring):
-        raise BadSetting(
-            "expected a scoring judge that is not the one which filtered the samples, found the very same "
-            f"({filtering[:12]}); train a second one"
-        )
-
-
 def exam_of(subjects: Subjects) -> GanExam:
     exam = subjects.case.exam
     if not isinstance(exam, GanExam):
         raise BadSetting(
             f"expected a GanExam for a case of gan, found {type(exam).__name__}; pass Case(exam=GanExam(judge, target))"
         )
-    verify_independent(exam.judge, subjects.case.notes)
+    verify_independent(exam.judge, subjects.case.notes.get("feedback", {}))
     return exam
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from expunge.errors import UnmetNeed
+from expunge.parts.adversaries import moving_average
 from expunge.parts.objectives.base import Objective
-from expunge.parts.plan import Optimizer, Term
+from expunge.parts.plan import Optimizer, Term, Training
 from expunge.parts.players import Player, player
 from expunge.parts.step import Step
 from expunge.tasks.base import PerExample
@@ -138,6 +139,18 @@ def discriminator(
         terms.append(Term(r1(), on=on, weight=penalty * every, every=every))
     move = lazily(Optimizer("adam", lr=lr, betas=betas), every if penalty else 0)
     return player("discriminator", *terms, network="discriminator", optimizer=move)
+
+
+def gan_training(
+    epochs: int, batch_size: int, optimizer: Optimizer, penalty: float = 10.0, half_life: float = 10_000
+) -> Training:
+    """The recipe of a GAN: both networks by the same Adam, a lazy R1 penalty, and the generator's moving average (its half-life in
+    images) as what comes out."""
+    return Training(
+        epochs=epochs, batch_size=batch_size, optimizer=optimizer, objective=deceive(),
+        adversary=discriminator(lr=optimizer.lr, penalty=penalty, betas=optimizer.betas),
+        average=moving_average(half_life=half_life / batch_size),
+    )  # fmt: skip
 
 
 def lazily(optimizer: Optimizer, every: int) -> Optimizer:
