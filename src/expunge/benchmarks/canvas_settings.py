@@ -10,6 +10,8 @@ from typing import Any
 Settings = dict[str, dict[str, Any]]
 
 TEXT: Settings = {
+    "grad_ascent": {"optimizer": "adam", "lr": 1e-4, "epochs": 5, "batch_size": 32},
+    "fine_tune": {"lr": 0.01, "epochs": 5, "batch_size": 64},
     "uce": {"guide": "plain", "expand": True},
     "concept_ablation": {"steps": 120, "lr": 1e-3, "batch_size": 16, "images": 200},
     "esd": {"steps": 80, "lr": 1e-3, "batch_size": 8, "sampling_steps": 20},

@@ -26,9 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expunge.audits.base import checks as known_checks
+from expunge.audits.battery import find_attacks
 from expunge.audits.metrics.answer_set import Cell
 from expunge.audits.metrics.exam import Exam, Marks
 from expunge.audits.metrics.judges import Judge, to_uint8
+from expunge.benchmarks import canvas_settings
 from expunge.benchmarks.canvas import STYLES, Canvas, mini_canvas
 from expunge.benchmarks.canvas_judges import canvas_judges
 from expunge.benchmarks.image_models import SMALL, text_toy
@@ -189,15 +192,6 @@ def told(bench: Bench, target: Mapping[str, str]) -> tuple[str, str]:
     return (f"{words} {target['object']}", f"{other} {target['object']}") if words else (target["object"], other)
 
 
-STEPS: dict[str, dict[str, Any]] = {
-    "grad_ascent": {"optimizer": "adam", "lr": 1e-4, "epochs": 5, "batch_size": 32},
-    "fine_tune": {"lr": 0.01, "epochs": 5, "batch_size": 64},
-    "salun_generation": {"steps": 200, "batch_size": 32, "lr": 1e-3},
-    "esd": {"steps": 100, "batch_size": 8, "lr": 3e-4, "sampling_steps": 20, "scope": "x"},
-    "concept_ablation": {"steps": 120, "batch_size": 32, "lr": 1e-3, "images": 128},
-    "uce": {},
-}
-"""Budgets of the toy's size; a method's published ones are for Stable Diffusion."""
 SMALL_STEPS = {"steps": 4, "epochs": 1, "batch_size": 8, "images": 8, "sampling_steps": 4}
 
 
@@ -216,8 +210,8 @@ def configured(
         about = {k: v for k, v in shared.items() if k in parameters}
         if "concept" in about and "tuple" in str(parameters["concept"].annotation):
             about["concept"] = (words,)
-        size = {**STEPS.get(name, {}), **(SMALL_STEPS if small else {})} if toy else {}
-        found.append((name, {**about, **{k: v for k, v in size.items() if k in parameters}, **own}))
+        size = {**canvas_settings.TEXT.get(name, {}), **(SMALL_STEPS if small else {})} if toy else {}
+        found.append((name, {**{k: v for k, v in size.items() if k in parameters}, **about, **own}))
     return found
 
 
@@ -238,17 +232,19 @@ def run(
 ) -> dict[str, Comparison]:
     """target -> methods x seeds beside original and retrained. Each seed has its own original and golds.
 
-    attacks: the battery, and with it verdicts; or names. toy: budgets of the embedded model's size.
+    attacks: the battery and UnlearnDiffAtk, and with them verdicts; or names of the battery. toy: budgets of the embedded model's size.
     """
     bench = bench or mini(small)
-    found = {}
+    battery = () if attacks is False else find_attacks(None if attacks is True else attacks, "diffusion")
+    asked = [*(a.name for a in battery if a.name in known_checks("diffusion")), *([ATTACK] if attacks is True else [])]
+    found: dict[str, Comparison] = {}
     for text in targets:
         found[text] = compare(
             lambda seed, text=text: bench.case(text, seed), configured(bench, text, methods, small, toy), seeds, floor=None,
             gold=lambda seed, text=text: bench.retrained(seed, text) or "none",
             # another seed's gold is the noise floor, so that n seeds take n trainings of golds
             second=lambda seed, text=text: bench.retrained(_next(seed, seeds), text),
-            checks=[*checks, *(attacks if isinstance(attacks, (list, tuple)) else ())], attacks=attacks, workers=workers,
+            checks=[*checks, *asked], attacks=attacks, workers=workers,
             folder=Path(folder) / text.replace(" ", "-"), command=command, report=report,
         )  # fmt: skip
     return found
@@ -310,10 +306,10 @@ COLUMNS = (
     ("IRA", "generation_accuracy", "ira"), ("CRA", "generation_accuracy", "cra"),
     ("worst", "generation_accuracy", "worst_retained"), ("leak", "generation_accuracy", "leak"),
     ("rejected", "generation_answers", "rejected"), ("FID", "image_distance", "fid"), ("KID", "image_distance", "kid"),
-    ("storage MB", "storage", "storage"),
+    ("storage MB", "storage", "storage"), ("ASR unattacked", "unlearn_diff_atk", "pre_asr"), ("ASR", "unlearn_diff_atk", "post_asr"),
 )  # fmt: skip
-ATTACK_COLUMN = "unlearn_diff_atk"
-"""The check whose measurement `post_asr` fills the column Rob, where it is registered and was run."""
+ATTACK = "unlearn_diff_atk"
+"""The check whose measurements fill the columns of attacked prompts (Rob is 100 - ASR), where it was run."""
 
 
 def table(comparison: Comparison, random: Mapping[str, float] | None = None) -> str:
@@ -321,21 +317,19 @@ def table(comparison: Comparison, random: Mapping[str, float] | None = None) -> 
     known = comparison.keys()
     keys = {key[:2]: key for key in reversed(known)}  # the first of a name: `rejected` is the forget split's
     shown = [(title, keys[check, name]) for title, check, name in COLUMNS if (check, name) in keys]
-    rob = keys.get((ATTACK_COLUMN, "post_asr"))
-    head = ["model", *(title for title, _ in shown), *(["ASR"] if rob else []), "seconds", "peak MB"]
+    head = ["model", *(title for title, _ in shown), "seconds", "peak MB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for subject in ("original", "retrained"):
         shared = comparison.shared(subject)
         if not any(key in shared for _, key in shown):
             continue
-        cells = [_cell(shared.get(key)) for _, key in shown] + ([_cell(shared.get(rob))] if rob else [])
+        cells = [_cell(shared.get(key)) for _, key in shown]
         lines.append("| " + " | ".join([subject, *cells, "", ""]) + " |")
     if random is not None:
         cells = [f"{random[n]:.1f}" if n in random else "" for n in (key[1] for _, key in shown)]
-        lines.append("| " + " | ".join(["random weights", *cells, *([""] if rob else []), "", ""]) + " |")
+        lines.append("| " + " | ".join(["random weights", *cells, "", ""]) + " |")
     for row in comparison.rows():
-        keys_ = [key for _, key in shown] + ([rob] if rob else [])
-        cells = [_cell(row.values.get(key, {}).get("unlearned")) for key in keys_]
+        cells = [_cell(row.values.get(key, {}).get("unlearned")) for _, key in shown]
         cost = [_cell(row.cost("seconds"), 1), _cell(row.cost("peak_memory_mb"), 0)]
         lines.append("| " + " | ".join([row.label, *cells, *cost]) + " |")
     return "\n".join(lines) + "\n"

@@ -29,7 +29,10 @@ def bench(
     if not names:
         raise BadSetting("expected at least one target, found none; write --targets red,three")
     told = ["expunge bench canvas", f"--targets {targets!r}" if " " in targets else f"--targets {targets}"]
-    told += [f"--methods {methods or unlearncanvas.METHODS}", f"--seeds {','.join(map(str, seeds))}"]
+    told += [
+        f"--methods {methods or unlearncanvas.METHODS}",
+        f"--seeds {len(seeds) if seeds == list(range(len(seeds))) else ','.join(map(str, seeds))}",
+    ]
     told += ["--small"] if small else []
     told += ["--attacks"] if attacks else ["--no-attacks"]
     command, toy = " ".join(told), model is None
