@@ -85,4 +85,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gpu bench-canvas bench-language bench-language-claims bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
+.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-language bench-language-claims bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean

@@ -12,7 +12,7 @@ from torch import nn
 
 from expunge.cases import Case, requests
 from expunge.cases.data import Data, MapData, TensorData
-from expunge.cases.feedback import own_samples
+from expunge.cases.feedback import own_samples, verify_independent
 from expunge.cases.loading import find_function, load_data, load_model, load_tokenizer
 from expunge.cases.pictures import load_pictures
 from expunge.cases.text import load_text
@@ -31,13 +31,15 @@ def build_case(file: CaseFile) -> Case:
         return embedded(file).case
     model = _model(file)
     data, told = _own_samples(file, model) if file.data.judge else (_data(file, file.data, model), {})
+    exam = _gan_exam(file) if file.audit.judge else None if file.audit.exam is None else _exam(file, file.audit.exam)
+    verify_independent(getattr(exam, "judge", None), told)
     return Case(
         model=model,
         data=data,
         test=None if file.test is None else _data(file, file.test, model),
         holdout=None if file.holdout is None else _data(file, file.holdout, model),
         request=_request(file, file.request),
-        exam=_gan_exam(file) if file.audit.judge else None if file.audit.exam is None else _exam(file, file.audit.exam),
+        exam=exam,
         task=make_task({"name": file.task.name, **file.task.settings}),
         recipe=None if file.recipe is None else training(file.recipe, file.task.name),
         build=_fresh(file),

@@ -1,0 +1,81 @@
+"""The GAN bench on made-up rows, and its short-trained testbed: the table says what holds, and where it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expunge.benchmarks import gan
+from expunge.benchmarks.style_gan import ModulatedConv, style_gan
+from expunge.engine import fit
+from expunge.tasks.gan import Gan
+
+EL2, PLAIN = "adapt_then_unlearn, el2", "fine_tune_positives"
+
+
+def row(pul: float, fid: float, ret: float, collapsed: bool = False) -> dict:
+    return {
+        "pul": pul,
+        "share": 1.0,
+        "entropy": 0.9,
+        "least": 5.0,
+        "collapsed": collapsed,
+        "fid": fid,
+        "ret_fid": ret,
+        "like none": 2.0,
+    }
+
+
+def test_claims_are_counted_seed_by_seed():
+    good = {
+        "original": row(0, 20, 35),
+        "retrained": row(95, 30, 20),
+        PLAIN: row(60, 30, 25),
+        EL2: row(85, 40, 39),
+        gan.EQUAL: row(85, 60, 50),
+    }
+    bad = {**good, EL2: row(59, 70, 41, True)}
+    found = gan.claims({0: good, 1: bad})
+    assert list(found.values()) == [[True, False]] * 5
+    table = gan.markdown({0: good, 1: bad})
+    line = next(line for line in table.splitlines() if line.startswith(f"| {EL2}"))
+    assert "| 72 ± " in line and line.endswith("| 1 of 2 |")
+    assert next(line for line in table.splitlines() if line.startswith("| original")).startswith("| original | 0 |")
+
+
+def test_a_modulated_convolution_equals_weights_of_each_example_s_own():
+    torch.manual_seed(0)
+    layer, x, style = ModulatedConv(3, 5, 3, 4), torch.randn(2, 3, 6, 6), torch.randn(2, 4)
+    got = layer(x, style)
+    for i in range(2):
+        weight = layer.weight / (3 * 9) ** 0.5 * layer.modulation(style)[i][None, :, None, None]
+        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        by_hand = torch.nn.functional.conv2d(x[i : i + 1], weight, layer.bias, padding=1)
+        assert torch.allclose(got[i], by_hand[0], atol=1e-5)
+
+
+def test_walking_is_linear_and_keeps_the_ends():
+    torch.manual_seed(0)
+    a, b = style_gan(width=4, latent=4), style_gan(width=4, latent=4)
+    half = gan.walked(a, b, 0.5)
+    for p, q, h in zip(a.parameters(), b.parameters(), half.parameters(), strict=True):
+        assert torch.allclose(h, (p + q) / 2, atol=1e-4)  # the mapping's weights are around 100
+
+
+def test_the_testbed_is_small_resets_itself_and_starts_to_learn():
+    """A few updates on real digits: nearer to them than before; the fresh pair is a function of its seed."""
+    case = gan.digits_case(epochs=1)
+    assert sum(p.numel() for p in case.model.parameters()) < 5e5
+    assert all(torch.equal(x, y) for x, y in zip(case.fresh(3).parameters(), case.fresh(3).parameters(), strict=True))
+    few = case.split("retain").subset(torch.arange(320), "retain")
+    trained = fit(case, few, seed=0)
+    task = Gan()
+    before, after = (task.evaluate(m, few.batches())["frechet"] for m in (case.fresh(0), trained))
+    assert after < before
+    made = task.sample(trained, 5)
+    assert made.shape == (5, 1, 8, 8) and bool(torch.isfinite(made).all())
+
+
+def test_a_table_without_rows_says_what_to_run(tmp_path):
+    with pytest.raises(SystemExit, match="rows --seed 0"):
+        gan.main(["table", "--folder", str(tmp_path)])
