@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -9,11 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from expunge import Case, TensorData, requests
+from expunge.audits.attacks.budget import Attack
+from expunge.audits.battery import judge
 from expunge.audits.metrics import images
 from expunge.audits.metrics.answer_set import AnswerSet, Cell, answer_key, answer_set, decoded
 from expunge.audits.metrics.exam import Exam, Marks
 from expunge.audits.metrics.intervals import bootstrap
 from expunge.audits.metrics.judges import Judge, to_uint8
+from expunge.audits.subjects import Subjects
 from expunge.benchmarks.canvas import digit_images
 from expunge.benchmarks.canvas_judges import digit_judges
 from expunge.errors import BadSetting, JudgeBelowFloor
@@ -397,3 +402,61 @@ def test_an_answer_set_keeps_only_finite_images() -> None:
     found = answer_set(Drawer(gone=3, how="nan"), CLASSES, (0, 1))
     assert isinstance(found, AnswerSet) and found.dropped == 2 and len(found.finite_only()) == 18
     assert bool((found.finite_only().cell != 3).all())
+
+
+class Switch(nn.Module):
+    """A classifier whose images are told by three numbers: whether it shows the target, is of use, and hides what an attack finds."""
+
+    def __init__(self, shows: float, useful: float = 1.0, hidden: float = 0.0):
+        super().__init__()
+        self.line = nn.Linear(4, 2)
+        nn.init.eye_(self.line.weight)
+        nn.init.zeros_(self.line.bias)
+        self.register_buffer("told", torch.tensor([shows, useful, hidden]))
+
+    def forward(self, inputs):
+        return self.line(inputs)
+
+
+class SwitchExam:
+    def recalled(self, model):
+        return np.full(60, float(model.told[0]))
+
+    def useful(self, model):
+        return np.full(60, float(model.told[1]))
+
+
+class Finder(Attack):
+    """Brings back what a model hides."""
+
+    name = "finder"
+
+    def run(self, model, case, budget, seed):
+        found = copy.deepcopy(model)
+        found.told[0] = max(found.told[0], found.told[2])
+        return found
+
+    def positions(self, case, budget, seed):
+        return torch.arange(1)  # of the forget rows: an exam's answers are scored whole all the same
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "word"),
+    [
+        (Switch(0.0), "removed"),
+        (Switch(0.0, hidden=1.0), "suppressed"),
+        (Switch(1.0), "retained"),
+        (Switch(0.0, useful=0.0), "collapsed"),
+    ],
+)
+def test_the_verdict_rests_on_what_is_drawn(unlearned: Switch, word: str) -> None:
+    torch.manual_seed(0)
+    data, test = (TensorData(inputs=torch.randn(n, 4), labels=torch.arange(n) % 2) for n in (2400, 2400))
+    case = Case(Switch(1.0, hidden=1.0), data, requests.samples(range(1000)), test=test, exam=SwitchExam(),
+                build=lambda: Switch(0.0, 0.0))  # fmt: skip
+    subjects = Subjects(case, case.model, unlearned, Switch(0.0), Switch(0.0))
+    assert subjects.forget_scores("original", "forget").mean() == 1 and len(subjects.forget_scores("original")) == 60
+    found = judge(subjects, [Finder()], resamples=200)
+    assert found.verdict == word, found.reason
+    if word == "suppressed":
+        assert found.worst_attack == "finder" and found.attacked["finder"].value == 1

@@ -12,6 +12,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("torchmetrics")
 
 from expunge.audits.metrics.answer_set import image_seed
+from expunge.audits.profiles import run_profile
+from expunge.audits.subjects import Subjects
 from expunge.benchmarks import unlearncanvas
 from expunge.benchmarks.unlearncanvas import Bench, configured, in_sequence, mini, run, table
 from expunge.errors import BadData, BadSetting, JudgeBelowFloor
@@ -115,6 +117,18 @@ def test_requests_one_after_another(bench: Bench) -> None:
     assert [row["removed"] for row in rows] == ["red", "three"]
     assert rows[0]["rebound"] == 0 and rows[1]["rebound"] == rows[0]["ua red"] - rows[1]["ua red"]
     assert "ua three" in rows[1] and "ua three" not in rows[0]
+
+
+def test_the_checklist_compares_with_the_retrained_model(bench: Bench) -> None:
+    case, gold = bench.case("red"), bench.retrained(0, "red")
+    report = run_profile("generation", Subjects(case, case.model, gold, gold, gold), ids=("I1", "I3", "I5", "I7", "I8"))
+    assert [report[id].result for id in ("I1", "I3", "I7", "I8")] == ["pass"] * 4
+    assert report["I5"].result == "not run"  # the target is no object in a style
+    assert (
+        report["I1"].unlearned
+        == report["I1"].retrained
+        == 100 * bench.exam({"style": "red"}).marks(gold).unlearned().mean()
+    )
 
 
 # -- the public data set's layout --------------------------------------------------------------------------------------

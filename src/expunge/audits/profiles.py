@@ -133,9 +133,10 @@ class Profile:
 
 def find_profile(name: str) -> Profile:
     """A profile by name."""
+    from expunge.audits.generation_profile import GENERATION
     from expunge.audits.open_problems import OPEN_PROBLEMS
 
-    known = {"open_problems": OPEN_PROBLEMS}
+    known = {"open_problems": OPEN_PROBLEMS, "generation": GENERATION}
     if name not in known:
         raise BadSetting(
             f"expected a profile, one of {', '.join(known)}, found '{name}'.{nearest(name, known)} Use one of them."

@@ -205,7 +205,7 @@ class AuditPlan(Section):
     attacks: bool | list[str | Named] = True
     budget: dict[str, Any] = Field(default={}, description="what each attack may spend, e.g. {steps: 10}")
     shadows: int = Field(default=0, ge=0, description="models per ensemble for the checks that need distributions")
-    profile: str | None = Field(default=None, description="a checklist to run as well: open_problems")
+    profile: str | None = Field(default=None, description="a checklist to run as well: open_problems, generation")
     reruns: int = Field(
         default=0, ge=0, description="further runs for each of the checklist's rows on streams and seeds"
     )
