@@ -245,3 +245,12 @@ def test_fit_on_a_real_table_draws_latents_and_ascend_reads_them():
     step = step_of(pair())
     assert step.batch["latents"].shape == (6, RingGenerator.latent)
     assert torch.allclose(step.loss, F.softplus(-step.output.extra["score"]))
+
+
+def test_a_batch_without_the_latents_size_draws_the_same_for_every_model():
+    task, case = Gan(), real_case()
+    batch = task.prepare(case.data.fetch(torch.arange(4)), torch.Generator().manual_seed(1))
+    assert "latents" not in batch.columns
+    same = [task.forward(case.model, batch).prediction for _ in range(2)]
+    other = task.prepare(case.data.fetch(torch.arange(4)), torch.Generator().manual_seed(2))
+    assert torch.equal(*same) and not torch.equal(same[0], task.forward(case.model, other).prediction)

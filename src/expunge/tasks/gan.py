@@ -133,21 +133,20 @@ class Gan(Task):
         return {"_latent": self.size(model)}
 
     def prepare(self, batch: Batch, rng: torch.Generator) -> Batch:
-        """Draws `latents` (B, d), unless the table has the latents that its rows were made of."""
+        """Draws `latents` (B, d), unless the table has the latents that its rows were made of. Where nobody has said how many
+        numbers they have, the seed of the draw (`_draw`), with which `forward` asks the generator: the same for every model."""
         if self.latents in batch.columns:
             return batch
         inputs, size = batch[self.inputs], batch.columns.get("_latent", self.latent)
         if size is None:
-            raise UnmetNeed(
-                "expected the latent's size when drawing, found none; run the method through unlearn(), or pass Gan(latent=...)"
-            )
+            return batch.with_columns(_draw=int(torch.randint(2**62, (), generator=rng)))
         return batch.with_columns(**{self.latents: torch.randn(len(batch), size, generator=rng).to(inputs)})
 
     def forward(self, model: nn.Module, batch: Batch) -> Output:
         """Images of the batch's latents with their scores, and a gradient to the generator alone."""
-        if self.latents not in batch.columns:  # asked outside the loop and the audits, which prepare their batches
-            filled = batch.with_columns(_latent=self.size(model))
-            batch = self.prepare(filled, generator(int(batch.ids.sum()), "gan", "forward"))
+        if self.latents not in batch.columns:  # asked outside the loop
+            draws = generator(batch.columns.get("_draw", int(batch.ids.sum())), "gan", "forward")
+            batch = batch.with_columns(**{self.latents: self.draw(model, len(batch), draws)})
 
         def real() -> Tensor:
             with torch.no_grad():
