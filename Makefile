@@ -50,9 +50,8 @@ bench-cifar: .venv/.installed ## every method on CIFAR-10 (EXPUNGE_DATA), three 
 	$(RUN) -m expunge.benchmarks.tables cifar
 bench-regression: .venv/.installed ## regression methods on real tables
 	$(RUN) -m expunge.benchmarks.tables regression
-bench-gan: .venv/.installed ## a digit out of a GAN, three seeds (one process per core helps: rows --seed N, then table)
-	for seed in 0 1 2; do $(RUN) -m expunge.benchmarks.gan rows --seed $$seed; done
-	$(RUN) -m expunge.benchmarks.gan table --seeds 3
+bench-gan: .venv/.installed ## a digit out of a GAN, three seeds: make bench-gan WORKERS=16
+	$(RUN) -m expunge.benchmarks.gan all --seeds 3 --workers $(or $(WORKERS),2)
 bench-kill: .venv/.installed ## kill -9 at random steps, resume, compare tensors
 	$(RUN) -m expunge.benchmarks.kill
 bench-ensemble: .venv/.installed ## 64 shadow models together and one after another
@@ -74,6 +73,8 @@ bench-language: .venv/.installed ## every language method on the embedded model 
 	for table in fixed matched muse sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
 bench-language-claims: .venv/.installed ## what papers claim of language models, at the sizes at hand (EXPUNGE_DATA): SEUF, tracing, LAT, FLAT, SimNPO
 	$(RUN) -m expunge.benchmarks.language_claims
+bench-generation-cost: .venv/.installed ## sampling beside the pipeline, ESD beside its official code: make bench-generation-cost PEER=path/to/checkout
+	$(RUN) -m expunge.benchmarks.generation_cost $(if $(PEER),--peer $(PEER))
 bench-language-cost: .venv/.installed ## time and memory beside open-unlearning, logits in pieces: make bench-language-cost PEER=path/to/checkout
 	$(RUN) -m expunge.benchmarks.language_cost $(if $(PEER),--peer $(PEER),--parts logits)
 
@@ -85,4 +86,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-language bench-language-claims bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
+.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
