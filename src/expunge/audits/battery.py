@@ -16,6 +16,7 @@ import torch
 
 from expunge.audits.attacks.budget import Attack, Attacked, Budget, Memory, attacked
 from expunge.audits.attacks.direction_ablation import DirectionAblation
+from expunge.audits.attacks.drawing import NewSeeds, OtherWordings, RandomPrefix
 from expunge.audits.attacks.lens import HeadProjection, LogitLens
 from expunge.audits.attacks.probe import LinearProbe
 from expunge.audits.attacks.prompt_probe import PromptProbe
@@ -25,6 +26,7 @@ from expunge.audits.attacks.quantisation import Quantisation
 from expunge.audits.attacks.relearning import BenignRelearning, Relearning, RetrainingOnParts
 from expunge.audits.attacks.soft_prompt import SoftPrompt
 from expunge.audits.attacks.suffix import SuffixSearch
+from expunge.audits.attacks.unlearndiffatk import EmbeddingSearch, UnlearnDiffAtk
 from expunge.audits.attacks.unwrapping import Unwrapping
 from expunge.audits.residue import RESAMPLES, Evidence, Membership
 from expunge.audits.verdict import Thresholds, Verdict, decide, proved
@@ -40,6 +42,7 @@ PARTS = 20
 
 BY_KIND: dict[str, tuple[Attack, ...]] = {
     "language": (LogitLens(), DirectionAblation(), TargetedPruning(), PromptTemplates(), SoftPrompt()),
+    "diffusion": (UnlearnDiffAtk(), OtherWordings()),
 }
 """What the battery of a kind of model has beyond every kind's."""
 BY_NAME: dict[str, tuple[Attack, ...]] = {
@@ -47,6 +50,7 @@ BY_NAME: dict[str, tuple[Attack, ...]] = {
         Relearning(share=1.0, rank=8), RetrainingOnParts(), HeadProjection(), HeadProjection(delta=True), PromptProbe(),
         SoftPrompt(each=True), SuffixSearch(), SuffixSearch(each=True),
     ),
+    "diffusion": (Relearning(share=1.0, rank=8), RandomPrefix(), NewSeeds(), EmbeddingSearch()),
 }  # fmt: skip
 """Attacks of a kind that take longer, or whose score is no forget score: run when asked for by name."""
 

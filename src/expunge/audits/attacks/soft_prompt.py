@@ -11,10 +11,10 @@ retrained model says it too, and only the excess over it counts; it bounds what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from expunge.audits.attacks.rows import Frame, Spot, frame, inserted, room
 from expunge.audits.attacks.unwrapping import innermost
 from expunge.cases.data import Split
 from expunge.errors import BadSetting, UnmetNeed
+from expunge.parts.prompts import rows_added
 from expunge.seeds import generator
 from expunge.tasks.base import Batch, Task, evaluating, move_to_model
 
@@ -44,27 +45,9 @@ def embedding_table(model: nn.Module) -> nn.Embedding:
     return table  # type: ignore[return-value]
 
 
-@contextmanager
-def soft_tokens(model: nn.Module, vectors: Tensor) -> Iterator[None]:
+def soft_tokens(model: nn.Module, vectors: Tensor) -> AbstractContextManager[None]:
     """Inside, token V + j means the vector j of (m, d), V the size of the vocabulary; gradients reach the vectors."""
-    table, asked = embedding_table(model), []
-    size = table.weight.shape[0]
-
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        asked[:] = [inputs[0]]
-        return (inputs[0].clamp(max=size - 1), *inputs[1:])
-
-    def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        ids = asked[0]
-        own = vectors.to(output.dtype)[(ids - size).clamp(min=0)]
-        return torch.where((ids >= size)[..., None], own, output)
-
-    hooks = [table.register_forward_pre_hook(before), table.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return rows_added(embedding_table(model), vectors)
 
 
 def best_vectors(

@@ -49,7 +49,10 @@ def first_token_still(model: nn.Module) -> Iterator[None]:
 
 
 def says(step: Step, reference: str, batch: Batch) -> Output:
-    """What a reference (or the network itself, as it is now) says about a batch, without gradient."""
+    """What a reference (or the network itself, as it is now) says about a batch, without gradient. An adversary's words before the
+    prompt are for the network under training alone."""
+    if batch.columns.get("prefix") is not None:
+        batch = batch.with_columns(prefix=None)
     if reference != CURRENT:
         return step.references.fresh(reference, batch)
     with torch.no_grad():
