@@ -13,6 +13,7 @@ from expunge.audits.attacks import membership as rules
 from expunge.audits.attacks.token_membership import MORE_PASSES, ONE_PASS
 from expunge.audits.metrics import memorisation, tofu, tofu_checks
 from expunge.audits.metrics.text import extraction_likelihood, few_shot_prompt, rouge_l_recall
+from expunge.audits.metrics.token_statistics import token_statistics
 from expunge.cases.text import question_answer
 from expunge.cases.tofu import candidates
 from expunge.engine import fit
@@ -243,7 +244,15 @@ def test_extraction_likelihood_equals_a_loop_over_prefixes():
 def test_an_audit_of_another_method_takes_over_what_ran_on_the_references():
     other = subjects(unlearned=models()[3])
     other.share(audit())
-    assert other.over("tokens", "original", "forget", lambda *_: None) is audit().over(
-        "tokens", "original", "forget", None
-    )
-    assert other.over("tokens", "unlearned", "forget", lambda *_: "anew") == "anew"
+    kept = audit().passed("original", "forget")
+    assert other.passed("original", "forget") is kept
+    assert other.over("pass", "unlearned", "forget", lambda *_: "anew") == "anew"
+
+
+def test_tokens_of_the_shared_pass_are_those_of_a_pass_of_their_own():
+    case, original, *_ = models()
+    own = token_statistics(case.task, original, case.split("forget"), batch_size=5)
+    shared = memorisation.tokens(audit(), "original", "forget")
+    for name in ("log_p", "mean", "spread", "hits"):
+        for slow, row in zip(getattr(own, name), getattr(shared, name), strict=True):
+            np.testing.assert_allclose(row, slow, atol=1e-5)

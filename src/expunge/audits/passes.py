@@ -24,6 +24,7 @@ class Pass:
     """What one model said about one split, n examples in the order of the split. Arrays are float64 on the CPU.
 
     predictions: (n, ...) or None where a kind's predictions are not one row per example of at most one dimension.
+    tokens: name -> for each example an array over its choices, where it is many (see `Language.statistics`).
     utility: the task's `evaluate`.
     """
 
@@ -34,12 +35,17 @@ class Pass:
     answers: np.ndarray | None
     predictions: np.ndarray | None
     utility: dict[str, float]
+    tokens: dict[str, list[np.ndarray]] | None = None
 
     def at(self, places: np.ndarray) -> Pass:
         """The same pass with its examples in another order."""
         moved = {name: getattr(self, name) for name in ("ids", "forget_score", "loss", "answers", "predictions")}
         moved = {name: None if values is None else values[places] for name, values in moved.items()}
-        return replace(self, signals={name: values[places] for name, values in self.signals.items()}, **moved)
+        tokens = None
+        if self.tokens is not None:
+            tokens = {name: [rows[place] for place in places.tolist()] for name, rows in self.tokens.items()}
+        signals = {name: values[places] for name, values in self.signals.items()}
+        return replace(self, signals=signals, tokens=tokens, **moved)
 
 
 TEXTS, TEXTS_ON_A_GPU = 64, 256
@@ -68,6 +74,16 @@ def run_pass(task: Task, model: nn.Module, split: Split, seed: int, batch_size: 
     return _run(task, model, split.subset(order), seed, min(batch_size, texts_at_once(model))).at(
         order.argsort().numpy()
     )
+
+
+def run_losses(task: Task, model: nn.Module, split: Split) -> np.ndarray:
+    """(n,) the task's losses alone, of texts of like length together; for tables of which nothing else is asked."""
+    order, found = by_length(split), np.empty(len(split))
+    with evaluating(model):
+        for places in order.split(texts_at_once(model)):
+            batch = move_to_model(split.data.fetch(split.ids[places]), model)
+            found[places.numpy()] = _array(task.loss(task.forward(model, batch), batch))
+    return found
 
 
 def _run(task: Task, model: nn.Module, split: Split, seed: int, batch_size: int) -> Pass:
@@ -105,6 +121,17 @@ def _read(task: Task, output: Output, batch: Batch, readings: Readings) -> dict[
         "loss": _array(readings.loss),
         "answers": None if answers is None else answers.detach().cpu().numpy(),
         "predictions": _predictions(task, output, len(batch)),
+        "tokens": None if readings.tokens is None else _own_tokens(readings.tokens),
+    }
+
+
+def _own_tokens(table: dict[str, torch.Tensor]) -> dict[str, list[np.ndarray]]:
+    """Tables (B, L) as one array for each example, without what is not real."""
+    filled = table["filled"].cpu().numpy()
+    return {
+        name: [row[own] for row, own in zip(_array(values), filled, strict=True)]
+        for name, values in table.items()
+        if name != "filled"
     }
 
 
@@ -162,7 +189,9 @@ def _join(parts: list[dict[str, Any]], utility: Mapping[str, float], split: str)
     def joined(name: str) -> np.ndarray | None:
         return None if parts[0][name] is None else np.concatenate([part[name] for part in parts])
 
-    names = parts[0]["signals"]
+    names, tokens = parts[0]["signals"], None
+    if parts[0]["tokens"] is not None:
+        tokens = {name: [row for part in parts for row in part["tokens"][name]] for name in parts[0]["tokens"]}
     return Pass(
         ids=np.concatenate([part["ids"] for part in parts]),
         signals={name: np.concatenate([part["signals"][name] for part in parts]) for name in names},
@@ -171,4 +200,5 @@ def _join(parts: list[dict[str, Any]], utility: Mapping[str, float], split: str)
         answers=joined("answers"),
         predictions=joined("predictions"),
         utility=dict(utility),
+        tokens=tokens,
     )

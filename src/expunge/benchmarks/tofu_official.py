@@ -7,8 +7,8 @@ Both sides get the same trained model (the nano testbed's original) and the same
 and 40 each of real authors and world facts, with their wrong answers. The peer's side is its default list for TOFU (truth
 ratio, probability, ROUGE, model utility's nine, Min-40% of forget and holdout, extraction strength), its metric functions
 called with its own batch size of 32, each of its metrics once. What its configuration, downloads and tokenising cost is left
-out on both sides. Here a probe table is run once for all metrics, only answers reach the head, and prompts of like length
-are answered together.
+out on both sides. Here a probe table is run once for all metrics, only answers reach the head, the questions of all tables
+are answered together, and an answer that has ended leaves its batch.
 """
 
 from __future__ import annotations

@@ -84,11 +84,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Readings:
-    """What an audit reads of a batch, (B,) each: membership signals, the forget score, the loss."""
+    """What an audit reads of a batch, (B,) each: membership signals, the forget score, the loss.
+
+    tokens: where an example is many choices, tables (B, L) of each of them, and which are real (`filled`)."""
 
     signals: dict[str, PerExample]
     forget_score: PerExample
     loss: PerExample
+    tokens: dict[str, Tensor] | None = None
 
 
 Choice = Callable[..., Tensor]

@@ -42,7 +42,7 @@ NO_ANSWER = -100
 """In `labels`: a position that is not part of the answer (torch's and transformers' own mark)."""
 SMALLEST_VARIANCE = 1e-6
 """Of a token's log-probability, below which Min-K%++ divides by this instead."""
-STAGE = 64
+STAGE = 32
 """Tokens that greedy answers are written in a row before those that have ended are let go."""
 CACHED = 2**16
 """Logits that a core's cache holds beside what is made of them."""
@@ -316,10 +316,11 @@ class Language(Task):
         min_k_20, min_k_40: mean of the lowest 20 / 40% log p. min_k_pp_20, min_k_pp_40: the same of (log p - mean) /
         spread. zlib: mean log p over the compressed bytes of the text, where the data has `zlib_bytes`.
         """
-        found = {
-            name: value.double() if name != "filled" else value
-            for name, value in self.statistics(output, batch).items()
-        }
+        return self._signals(self.statistics(output, batch), batch)
+
+    @staticmethod
+    def _signals(table: dict[str, Tensor], batch: Batch) -> dict[str, PerExample]:
+        found = {name: value.double() if name != "filled" else value for name, value in table.items()}
         filled, count = found["filled"], found["filled"].sum(1).clamp_min(1).double()
         loss = found["log_p"].sum(1) / count
         chance = loss.exp()
@@ -338,8 +339,9 @@ class Language(Task):
         return scores
 
     def readings(self, output: Output, batch: Batch) -> Readings:
-        found = self.signals(output, batch)
-        return Readings(found, found["probability"], -found["loss"])
+        table = self.statistics(output, batch)
+        found = self._signals(table, batch)
+        return Readings(found, found["probability"], -found["loss"], table)
 
     # -- checks ----------------------------------------------------------------------------------------------------
     def constants(self, model: nn.Module, data: Any) -> dict[str, Any]:

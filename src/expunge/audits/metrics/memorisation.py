@@ -17,8 +17,9 @@ from torch import nn
 
 from expunge.audits.base import Check, Measured, Measurement, check
 from expunge.audits.metrics.text import extraction_likelihood, extraction_strength
-from expunge.audits.metrics.token_statistics import TokenStatistics, token_statistics
+from expunge.audits.metrics.token_statistics import TokenStatistics
 from expunge.cases.data import Split
+from expunge.errors import UnmetNeed
 
 if TYPE_CHECKING:
     from expunge.audits.subjects import Subjects
@@ -30,12 +31,13 @@ FACTS: dict[str, Any] = {
 
 
 def tokens(subjects: Subjects, subject: str, split: str) -> TokenStatistics:
-    """Token statistics of a subject over a split, computed once."""
-
-    def run(model: nn.Module, rows: Split) -> TokenStatistics:
-        return token_statistics(subjects.task, model, rows)
-
-    return subjects.over("tokens", subject, split, run)
+    """Token statistics of a subject over a split, of the pass that all checks share."""
+    found = subjects.passed(subject, split).tokens
+    if found is None:
+        raise UnmetNeed(
+            f"expected texts, found examples of {subjects.task.name}, which are no rows of tokens; leave the check out"
+        )
+    return TokenStatistics(found["log_p"], found["mean"], found["spread"], [row > 0.5 for row in found["hit"]])
 
 
 @check("probability", source="TOFU, arXiv 2401.06121", **FACTS)

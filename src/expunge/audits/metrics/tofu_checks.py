@@ -22,6 +22,7 @@ from torch import nn
 from expunge.audits.base import Measured, Measurement, check
 from expunge.audits.metrics import tofu
 from expunge.audits.metrics.text import rouge_l_recall
+from expunge.audits.passes import run_losses
 from expunge.audits.subjects import PROBE
 from expunge.cases.data import Split
 from expunge.cases.tofu import ANSWER, PARAPHRASE, WRONG
@@ -61,7 +62,7 @@ class Losses:
 def losses(subjects: Subjects, subject: str, probe: str) -> Losses:
     """A subject's losses over a table of candidates; one pass, shared by all checks."""
     data = subjects.split(probe).data
-    loss = subjects.passed(subject, probe).loss
+    loss = subjects.over("loss", subject, probe, lambda model, rows: run_losses(subjects.task, model, rows))
     item, role = (np.asarray(data.column(name)) for name in ("item", "role"))
 
     def of(kind: int) -> np.ndarray:
