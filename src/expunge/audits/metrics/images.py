@@ -12,6 +12,7 @@ All sets are (N, C, H, W) uint8, the bytes that the judges see.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,11 @@ def kid(features: nn.Module, real: Tensor, generated: Tensor, seed: int = 0) -> 
     metrics = need_extra("torchmetrics.image.kid", "generation")
     size = min(SUBSET, len(real), len(generated))
     subsets = SUBSETS if size < max(len(real), len(generated)) else 1  # all subsets of that size are the whole sets
-    metric = metrics.KernelInceptionDistance(
-        feature=_Flat(features), subsets=subsets, subset_size=size, normalize=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps all features: as it must
+        metric = metrics.KernelInceptionDistance(
+            feature=_Flat(features), subsets=subsets, subset_size=size, normalize=False
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return float(_filled(metric, real, generated).compute()[0])
