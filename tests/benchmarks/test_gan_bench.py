@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -74,6 +76,27 @@ def test_the_testbed_is_small_resets_itself_and_starts_to_learn():
     assert after < before
     made = task.sample(trained, 5)
     assert made.shape == (5, 1, 8, 8) and bool(torch.isfinite(made).all())
+
+
+def test_every_model_and_every_row_of_every_seed_is_a_process_of_its_own(monkeypatch, tmp_path):
+    jobs = []
+    monkeypatch.setattr(gan, "filter_judge", lambda: None)
+    monkeypatch.setattr(gan.subprocess, "run", lambda job, **_: jobs.append(job))
+    gan.everything(3, 4, tmp_path)
+    made = [(job[3], job[job.index("--seed") + 1], job[-1]) for job in jobs]
+    assert len(set(made)) == len(made) == 3 * 2 + 3 * (1 + len(gan.ROWS))
+    assert {kind for kind, *_ in made[:6]} == {"train"} and {kind for kind, *_ in made[6:]} == {"rows"}
+
+
+def test_extrapolation_is_read_at_the_length_whose_unlearning_is_nearest(tmp_path):
+    walks = [{**row(p, 10 * p, p), "length": p / 50} for p in (20, 60, 90)]
+    files = {"a": {EL2: row(70, 1, 1)}, "b": {"extrapolation": {**row(60, 1, 1), "walks": walks}}}
+    for name, content in files.items():
+        (tmp_path / "seed0").mkdir(exist_ok=True)
+        (tmp_path / "seed0" / f"{name}.json").write_text(json.dumps(content))
+    assert gan.read(tmp_path, 3) == {
+        0: {EL2: row(70, 1, 1), "extrapolation": files["b"]["extrapolation"], gan.EQUAL: walks[1]}
+    }
 
 
 def test_a_table_without_rows_says_what_to_run(tmp_path):
