@@ -99,9 +99,10 @@ def _sync_folder(folder: Path) -> None:
 def digest_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> str:
     """SHA-256 of named tensors, the same for a state dict in memory and for the safetensors file made from it.
 
-    source: a state dict (name -> tensor), a `.safetensors` file, or a folder whose `*.safetensors` files (a
-    diffusers pipeline's: those of its networks' folders) together hold the tensors. What is hashed, for each tensor in the order of the names' UTF-8 bytes: one line of JSON
-    `[name, dtype, shape]` (dtype as safetensors spells it), a newline, then the raw little-endian bytes. So the order
+    source: a state dict (name -> tensor), a `.safetensors` file, or a folder whose `*.safetensors` files (a diffusers
+    pipeline's: those of its networks' folders) together hold the tensors. What is hashed, for each tensor in the order of the
+    names' UTF-8 bytes: one line of JSON `[name, dtype, shape]` (dtype as safetensors spells it), a newline, then the raw
+    little-endian bytes. So the order
     of the entries, the metadata of the file and the way it is cut into shards do not matter. Files need no torch.
     """
     digest = hashlib.sha256()
@@ -171,7 +172,9 @@ def _safetensors_index(path: Path) -> dict[str, tuple[Path, int, dict[str, Any]]
     """name -> (file, offset of the file's data, header entry), over one file or all files of a folder."""
     files = [("", file) for file in sorted(path.glob("*.safetensors"))] if path.is_dir() else [("", path)]
     if is_pipeline(path):
-        files = [(f"{part}.", file) for part in PIPELINE_NETWORKS for file in sorted((path / part).glob("*.safetensors"))]
+        files = [
+            (f"{part}.", file) for part in PIPELINE_NETWORKS for file in sorted((path / part).glob("*.safetensors"))
+        ]
     if not files:
         raise BadModel(
             f"Expected weights as *.safetensors in the folder {path.name}, found none. Save them there first."
@@ -186,7 +189,11 @@ def _safetensors_index(path: Path) -> dict[str, tuple[Path, int, dict[str, Any]]
                 header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
-                found[prefix + name] = (file, 8 + length, {key: entry[key] for key in ("dtype", "shape", "data_offsets")})
+                found[prefix + name] = (
+                    file,
+                    8 + length,
+                    {key: entry[key] for key in ("dtype", "shape", "data_offsets")},
+                )
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if 8 + length + end != file.stat().st_size:
                 raise ValueError("its size does not fit its header")
