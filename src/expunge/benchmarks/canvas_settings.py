@@ -15,12 +15,16 @@ TEXT: Settings = {
     "uce": {"guide": "plain", "expand": True},
     "concept_ablation": {"steps": 120, "lr": 1e-3, "batch_size": 16, "images": 200},
     "esd": {"steps": 80, "lr": 1e-3, "batch_size": 8, "sampling_steps": 20},
+    "advunlearn": {
+        "steps": 100, "warm_up": 30, "lr": 3e-4, "batch_size": 4, "retain_batch_size": 8, "sampling_steps": 20,
+        "attack_steps": 5, "attack_lr": 1e-2, "retain_w": 0.3,
+    },
     "salun_generation": {"steps": 100, "lr": 2e-4, "batch_size": 32},
     "doco": {
-        "steps": 150, "warm_up": 100, "lr": 1e-3, "discriminator_lr": 5e-4, "batch_size": 16, "images": 100, "guidance": 3.0,
+        "steps": 80, "warm_up": 80, "lr": 1e-3, "discriminator_lr": 5e-4, "batch_size": 16, "images": 64, "guidance": 3.0,
     },
-    "erasediff": {"lam": 1.0, "lr": 3e-4, "steps": 100, "batch_size": 16},
-    "scissorhands": {"lam": 1.0, "lr": 3e-4, "steps": 150, "batch_size": 16, "sparsity": 0.9, "batches": 4},
+    "erasediff": {"lam": 1.0, "lr": 3e-4, "steps": 60, "batch_size": 16},
+    "scissorhands": {"lam": 1.0, "lr": 3e-4, "steps": 60, "batch_size": 16, "sparsity": 0.99, "batches": 1},
     "selective_amnesia": {
         "lam": 0.01, "samples": 40, "timesteps": 50, "images": 100, "sampling_steps": 20, "guidance": 3.0, "steps": 150,
         "lr": 3e-4, "batch_size": 32,
@@ -28,6 +32,8 @@ TEXT: Settings = {
     "sfd": {
         "g_f": 1.0, "w_f": 1.0, "lr": 1e-4, "fake_lr": 3e-4, "steps": 500, "batch_size": 32, "decay": 0.98, "guidance": 2.0,
     },
+    "sld": {"preset": "medium", "warm_up": 2},
+    "seot": {"start": 0.0},
 }  # fmt: skip
 """Text toy on MiniCanvas."""
 
@@ -39,7 +45,7 @@ CLASS: Settings = {
         "guidance": 2.0,
     },
     "erasediff": {"lam": 1.0, "lr": 2e-4, "steps": 60, "batch_size": 32},
-    "scissorhands": {"lam": 1.0, "lr": 3e-4, "steps": 100, "batch_size": 32, "sparsity": 0.9, "batches": 4},
+    "scissorhands": {"lam": 1.0, "lr": 3e-4, "steps": 100, "batch_size": 32, "sparsity": 0.99, "batches": 1},
     "selective_amnesia": {
         "lam": 0.01, "samples": 30, "timesteps": 64, "images": 80, "sampling_steps": 15, "guidance": 2.0, "steps": 100,
         "lr": 3e-4, "batch_size": 32,
