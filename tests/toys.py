@@ -72,6 +72,15 @@ class Toy:
             count += len(batch)
         return total / count
 
+    def drawn_gap(self, model: nn.Module) -> float:
+        """Distance of the mean picture that is drawn for the forget rows' conditions, guided, from `retrained`'s."""
+        from expunge.tasks.sampling import Sampling, sample
+
+        rows = self.case.split("forget")
+        asked = self.case.task.condition(rows.data.fetch(rows.ids)).unique(dim=0)
+        mine, theirs = (sample(m, asked, Sampling(8, 2.0)).images.mean(0) for m in (model, self.retrained))
+        return float((mine - theirs).norm())
+
 
 def _chance(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1).gather(1, answers[:, None]).squeeze(1)

@@ -121,6 +121,9 @@ ROWS: dict[str, dict[str, dict]] = {
         "lam": 0.01, "samples": 4, "timesteps": 20, "images": 20, "sampling_steps": 8, "steps": 20, "lr": 1e-3,
         "batch_size": 8,
     }},
+    "sld": {"captions": {"concept": "red | crimson", "preset": "max", "warm_up": 1}},
+    "negative_prompt": {"captions": {"concept": "red | crimson"}},
+    "seot": {"captions": {"concept": "red | crimson", "start": 0.0}},
     "sfd": {"class_images": {"lr": 3e-4, "fake_lr": 3e-4, "steps": 14, "batch_size": 8, "decay": 0.5}},
     "adapt_then_unlearn": {"gan": RING | {"copies": 2, "adapt_steps": 40, "ewc": 1.0, "gamma": 0.05, "alpha": 300.0}},
     "fine_tune_positives": {"gan": RING},
@@ -157,6 +160,9 @@ or the method does harm (ascent has nothing that keeps the rest: its card says s
 
 NEARER = {"uce": 0.95}  # it edits what a word says to a network that, trained this short, hardly listens to words
 """Share of the original's distance from `retrained` that may be left (default 0.9)."""
+
+IN_GUIDANCE = ("sld", "negative_prompt")
+"""Guards that act while sampling, where the task's loss does not look: what they draw is compared."""
 
 CASES = [(name, kind) for name, row in ROWS.items() for kind in row]
 
@@ -206,7 +212,8 @@ def test_every_method_has_a_row_and_a_card():
 def test_forgets_towards_retrained_and_keeps_utility(name, kind):
     case, t = subject(name, kind)
     outcome = result(name, kind)
-    assert t.gap(outcome.model) < NEARER.get(name, 0.9) * t.gap(case.model), "not nearer to retrained on the forget rows"
+    gap = t.drawn_gap if name in IN_GUIDANCE else t.gap
+    assert gap(outcome.model) < NEARER.get(name, 0.9) * gap(case.model), "not nearer to retrained on the forget rows"
     unseen = "test" if "test" in case.splits else "retain"  # nobody can know made-up facts that were not seen
     reference = t.utility(t.retrained, unseen)
     allowed = KEEPS.get(name, 0.08) * (1 if reference > 0 else -reference * 3)

@@ -106,7 +106,7 @@ def load_guard(folder: str | Path, base: nn.Module) -> Guarded:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from expunge.parts import combined  # noqa: F401 (a kind is known once its module is)
+    from expunge.parts import combined, concept_adapters, guarded_diffusion  # noqa: F401 (a kind is known once its module is)
 
     folder = Path(folder)
     try:
