@@ -30,7 +30,7 @@ TEXT: Settings = {
         "lr": 3e-4, "batch_size": 32,
     },
     "sfd": {
-        "g_f": 1.0, "w_f": 1.0, "lr": 1e-4, "fake_lr": 3e-4, "steps": 500, "batch_size": 32, "decay": 0.98, "guidance": 2.0,
+        "g_f": 1.0, "w_f": 1.0, "lr": 1e-4, "fake_lr": 3e-4, "steps": 250, "batch_size": 24, "decay": 0.95, "guidance": 2.0,
     },
     "sld": {"preset": "medium", "warm_up": 2},
     "seot": {"start": 0.0},
@@ -50,6 +50,6 @@ CLASS: Settings = {
         "lam": 0.01, "samples": 30, "timesteps": 64, "images": 80, "sampling_steps": 15, "guidance": 2.0, "steps": 100,
         "lr": 3e-4, "batch_size": 32,
     },
-    "sfd": {"g_f": 1.0, "w_f": 1.0, "lr": 1e-4, "fake_lr": 3e-4, "steps": 400, "batch_size": 32, "decay": 0.98},
+    "sfd": {"g_f": 1.0, "w_f": 1.0, "lr": 1e-4, "fake_lr": 3e-4, "steps": 250, "batch_size": 24, "decay": 0.95},
 }  # fmt: skip
 """Class toy."""
