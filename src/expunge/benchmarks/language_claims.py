@@ -48,13 +48,15 @@ from expunge.errors import BadSetting, need_extra
 from expunge.files import write_atomic
 from expunge.methods import find
 from expunge.methods.outcome import unlearn
+from expunge.parts.blocks import block_parts
 from expunge.parts.latents import usual_norm
 from expunge.parts.mixture import affinities, mixture_named, most_used
 from expunge.parts.plan import Optimizer, Plan, Training
 from expunge.parts.scopes import everything
+from expunge.parts.scopes.tracing import chances, facts_of, predicts, subject_deviation
 from expunge.parts.step import capturing
 from expunge.parts.stops import reaches, steps
-from expunge.seeds import derive, numpy_generator
+from expunge.seeds import derive, generator, numpy_generator
 from expunge.tasks.base import evaluating, move_to_model
 
 FOLDER, RESULTS = Path("runs/language_claims"), Path("benchmarks-results/language_claims.md")
@@ -67,16 +69,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """rate: of training; scale: of every unlearning step size, relative to nano's."""
+    """rate: of training; scale: of every unlearning step size, relative to nano's. chain: width, blocks and heads of the Markov
+    test's network; part: of that test's sequences and batches."""
 
     width: int = 96
     layers: int = 3
     heads: int = 4
     rate: float = 3e-3
     scale: float = 1.0
+    chain: tuple[int, int, int] = (64, 2, 2)
+    part: float = 0.125
 
 
-SIZES = {"nano": Size(), "large": Size(512, 8, 8, 1e-3, 0.2)}
+SIZES = {"nano": Size(), "large": Size(512, 8, 8, 1e-3, 0.2, (128, 4, 4), 1.0)}
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,10 @@ def likeliest(case: Case, model: nn.Module, layer: str, split: Split) -> torch.T
 
 
 def tracing(size: Size, seed: int, device: str) -> dict[str, Row]:
+    """SHA256 until the forget probability is at the level, on MLPs of the traced block, of others, and on all weights.
+
+    clean, corrupted: probability of the answer's first token without noise on the subject, and with. restored: with noise, where every
+    MLP's output at the subject is put back."""
     own = bed("dense", size, seed, device)
     data = own.case.data
     named = subjects([*tofu("full")[: nano.RETAIN_ROWS], *nano.nano_rows(nano.FORGET_AUTHORS)])
@@ -239,6 +248,7 @@ def tracing(size: Size, seed: int, device: str) -> dict[str, Row]:
                      author=data.column("author"), subject=named)  # fmt: skip
     own = replace(own, case=own.case.with_(data=table))
     rows = references(own)
+    rows["original"] |= carried(own.case, seed)
     shared = {"lr": 1e-3, "epochs": 30, "bound": None}
     _, rows["traced"] = run(own, "sha256", LEVEL, **shared)
     effect, chosen = rows["traced"]["notes"]["indirect_effect"], rows["traced"]["notes"]["blocks"]
@@ -256,6 +266,20 @@ def tracing(size: Size, seed: int, device: str) -> dict[str, Row]:
         "facts": rows["traced"]["notes"]["facts_traced"],
     }
     return rows
+
+
+def carried(case: Case, seed: int) -> Row:
+    """Means over the forgotten facts that the model predicts."""
+    facts = [f for f in facts_of(case.data, case.split("forget").ids) if predicts(case.model, f)]
+    deviation, width = 3 * subject_deviation(case.model, facts), case.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    found = []
+    for number, fact in enumerate(facts):
+        span = range(*fact.subject)
+        noise = deviation * torch.randn(10, len(span), width, generator=generator(seed, "carried", number))
+        base = chances(case.model, fact, noise)
+        back = chances(case.model, fact, noise, [(name, span) for name in block_parts(case.model, "mlp")])
+        found.append([float(base[0]), float(base[1:].mean()), float(back[1:].mean())])
+    return dict(zip(("clean", "corrupted", "restored"), np.mean(found, axis=0).tolist(), strict=True))
 
 
 def refusal_rows(case: Case) -> Split:
@@ -370,13 +394,13 @@ def chains(kind: str, count: int, seed: int) -> list[list[int]]:
     return np.where(own, rng.choice(inside, shape), rng.choice(outside, shape)).tolist()
 
 
-def markov(size: Size, seed: int, device: str, part: float = 0.25) -> dict[str, Row]:
-    """KL(retrained || model), nats per token, at forget sequences of both lengths and at retain, over 50 updates of 4 rows.
-
-    part: of the official test's sequences (10,000 retain, 5,000 of each forget chain) and of its batches of 128, so that the number
-    of updates in training is the same."""
+def markov(size: Size, seed: int, device: str) -> dict[str, Row]:
+    """KL(retrained || model), nats per token, at forget sequences of both lengths and at retain, over 50 updates of 4 rows, without
+    retain data. The official test has 10,000 retain and 5,000 + 5,000 forget sequences, batches of 128 and a network of 4 blocks
+    of width 128; nano has an eighth of these sequences and batches (the number of updates stays), and 2 blocks of 64."""
+    part, shape = size.part, size.chain
     transformers = need_extra("transformers", "language")
-    config = transformers.GPT2Config(vocab_size=STATES, n_positions=20, n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0,
+    config = transformers.GPT2Config(vocab_size=STATES, n_positions=20, n_embd=shape[0], n_layer=shape[1], n_head=shape[2], resid_pdrop=0.0,
                                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)  # fmt: skip
     counts = {"retain": round(10_000 * part), "forget1": round(5_000 * part), "forget2": round(5_000 * part)}
 
@@ -417,6 +441,7 @@ def markov(size: Size, seed: int, device: str, part: float = 0.25) -> dict[str, 
         path = [rows["original"]]
         for count in range(10, 60, 10):
             own = {
+                "optimizer": "adamw",
                 "alpha": 0.0,
                 "beta": beta,
                 "lr": 5e-4,
@@ -500,9 +525,11 @@ def details(part: str, found: dict[int, dict[str, Row]]) -> list[str]:
             for s, r in rows
         ]
     if part == "tracing":
-        rows = [(seed, r["traced"]) for seed, r in found.items()]
+        rows = [(seed, r["traced"] | r["original"]) for seed, r in found.items()]
         return [
-            f"Seed {s}: indirect effect by block {r['effect']} over {r['facts']} facts; traced {r['blocks']}."
+            f"Seed {s}: indirect effect by block {r['effect']} over {r['facts']} facts; traced {r['blocks']}. "
+            f"First token: clean {r['clean']:.3f}, "
+            f"subject corrupted {r['corrupted']:.3f}, all MLPs restored there {r['restored']:.3f}."
             for s, r in rows
         ]
     if part == "markov":
