@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,47 +15,14 @@ from expunge.audits.attacks.drawing import NewSeeds, OtherWordings, RandomPrefix
 from expunge.audits.attacks.unlearndiffatk import EmbeddingSearch, UnlearnDiffAtk, unlearn_diff_atk
 from expunge.audits.base import checks
 from expunge.audits.battery import find_attacks
-from expunge.audits.metrics.answer_set import Cell
-from expunge.audits.metrics.exam import Exam
-from expunge.audits.metrics.judges import Judge
 from expunge.audits.subjects import Subjects
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.parts.prompts import denoising_errors, word_table
 from expunge.tasks.denoiser import Denoiser
-from expunge.tasks.sampling import Sampling
 from tiny_pipelines import class_case, text_case
 
-NEVER = lambda images: torch.zeros(len(images), dtype=torch.bool)  # noqa: E731
+from .tiny_exam import ALL, NONE, exam, forced, text
 
-
-@dataclass
-class Eye:
-    """A judge's probabilities: says `red` of the images that `sees` (images -> bool)."""
-
-    sees: object
-
-    def __call__(self, images):
-        yes = torch.as_tensor(np.asarray(self.sees(images)), dtype=torch.float32)
-        return torch.stack([1 - yes, yes], 1)
-
-
-def exam(case, sees, target="red", steps=2):
-    judge = Judge("style", ("plain", target), Eye(sees), NEVER, 1.0, 100, "d" * 64)
-    text = case.model.kind == "text"
-    cells = [Cell(f"a {w} {o}", {"style": s}, n) for o in ("one", "two", "three") for s, words in
-             (("plain", ("plain",)), ("red", ("red", "crimson"))) for n, w in enumerate(words)]  # fmt: skip
-    if not text:
-        cells = [Cell(3, {"style": target}), *(Cell(c, {"style": "plain"}) for c in (1, 2))]
-    return Exam(tuple(cells), {"style": target}, (judge,), (0, 1), Sampling(steps, 1.0))
-
-
-def text(sees, **settings):
-    case = text_case()
-    return case.with_(exam=exam(case, sees, **settings))
-
-
-ALL = lambda images: np.ones(len(images), dtype=bool)  # noqa: E731
-NONE = lambda images: np.zeros(len(images), dtype=bool)  # noqa: E731
 SMALL = {"prompts": 3, "timesteps": 3, "iterations": 2}
 
 
@@ -157,14 +123,6 @@ def test_timesteps_go_up_from_half_a_stride_and_share_passes():
     assert [t.tolist() for t in UnlearnDiffAtk(timesteps=5, together=2).times(model)] == [[100, 300], [500, 700], [900]]
     case = text(ALL)
     assert UnlearnDiffAtk(timesteps=5, together=2).allowed(model, case) == 3
-
-
-def forced(case):
-    """After the original's drawings, nothing shows the target any more."""
-    for count in (1, 2, 3, 10):
-        asked(case, count)
-    case.exam.judges[0].probabilities.sees = NONE
-    return case
 
 
 def test_state_is_carried_over_timesteps(monkeypatch):
@@ -342,3 +300,14 @@ def test_what_cannot_be_attacked_says_why():
     assert "one-step" in UnlearnDiffAtk().skipped(subjects)
     with pytest.raises(BadSetting, match="l2 or l1"):
         UnlearnDiffAtk(criterion="linf")
+
+
+def test_words_of_a_tokenizer_that_was_read_back_from_files_are_written_without_its_marks(tmp_path):
+    """Its decoder is lost on the way, and "red</w>" would be read again as letters and signs."""
+    transformers = pytest.importorskip("transformers")
+    model = text_case().model
+    model.tokenizer.save_pretrained(tmp_path)
+    model.others["tokenizer"] = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    own = model.conditions.of(["a red three"])
+    texts, again = written(model, torch.tensor([model.conditions.words("bright dark")]), own)
+    assert texts == ["bright dark a red three"] and torch.equal(again, model.conditions.of(texts))

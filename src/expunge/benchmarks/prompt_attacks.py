@@ -27,13 +27,15 @@ from expunge.tasks.denoiser import Denoiser
 
 def table(
     target: str, methods: Sequence[str], prompts: int, attack: UnlearnDiffAtk, seed: int = 0, p4d: bool = False,
-    bench: Bench | None = None,
+    bench: Bench | None = None, references: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row per model: success rates (shares of the prompts), the words that won, seconds of the search."""
     bench = bench or mini()
     case = bench.case(target, seed)
     tries = attack.allowed(case.model, case)
-    models: list[tuple[str, Any]] = [("original", case.model), ("retrained", bench.retrained(seed, target))]
+    models: list[tuple[str, Any]] = []
+    if references:
+        models = [("original", case.model), ("retrained", bench.retrained(seed, target))]
     for name in methods:
         ((_, settings),) = configured(bench, target, [(name, TEXT.get(name, {}))])
         models.append((name, unlearn(case, name, seed=seed, floor=None, **settings).model))
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--p4d", action="store_true")
+    parser.add_argument("--erasers-only", action="store_true", help="leave out original and retrained")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "speed":
@@ -107,7 +110,7 @@ def main() -> None:
         return
     attack = UnlearnDiffAtk(given.prompts, timesteps=given.timesteps, iterations=given.iterations, tokens=given.tokens)
     methods = [name for name in given.methods.split(",") if name]
-    table(given.target, methods, given.prompts, attack, given.seed, given.p4d)
+    table(given.target, methods, given.prompts, attack, given.seed, given.p4d, references=not given.erasers_only)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def word_table(model: Any) -> nn.Embedding:
 @contextmanager
 def rows_added(table: nn.Embedding, vectors: Tensor) -> Iterator[None]:
     """Inside, id V + j means row j of vectors (m, d), V the size of the table; gradients reach the vectors."""
-    size, asked = table.weight.shape[0], []
+    size = table.weight.shape[0]
+    asked: list[Tensor] = []
 
     def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         asked[:] = [inputs[0]]

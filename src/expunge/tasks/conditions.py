@@ -106,6 +106,10 @@ class TextConditions:
         end = self.tokenizer.eos_token_id
         return ids[start : ids.index(end, start)] if end in ids[start:] else ids[start:]
 
+    def text(self, content: Sequence[int]) -> str:
+        """Some token ids as words. A CLIP tokenizer that is read back from files may leave its marks of a word's end in."""
+        return str(self.tokenizer.decode(list(content))).replace("</w>", " ").strip()
+
     def padded(self, content: Sequence[int]) -> list[int]:
         """Token ids of one prompt (L) from those of its content, cut where they do not fit."""
         tok = self.tokenizer

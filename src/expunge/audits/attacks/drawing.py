@@ -160,8 +160,7 @@ def written(model: Any, words: Tensor, condition: Tensor) -> tuple[list[str], Te
     typed. Words may merge on the way."""
     conditions = model.conditions
     texts = [
-        model.tokenizer.decode([*row, *conditions.content(own)])
-        for row, own in zip(words.tolist(), condition.cpu(), strict=True)
+        conditions.text([*row, *conditions.content(own)]) for row, own in zip(words.tolist(), condition.cpu(), strict=True)
     ]
     return texts, conditions.of(texts)
 

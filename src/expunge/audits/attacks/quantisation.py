@@ -51,8 +51,10 @@ def _grid(rows: Tensor, bits: int) -> Tensor:
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """Every floating-point parameter of at least two dimensions once, with the dimension of its output channels."""
-    seen: set[int] = set()
+    """Every floating-point parameter of at least two dimensions once, with the dimension of its output channels; of a diffusion
+    pipeline not the autoencoder's, which knows no concept and whose zeros would be pruned first."""
+    coders = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "vae"]
+    seen = {id(parameter) for module in coders for parameter in module.parameters()}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen and parameter.dim() >= 2 and parameter.is_floating_point():

@@ -146,4 +146,4 @@ def own_conditions(bench: Workbench, split: str) -> Tensor:
 
 def texts(model: Any, ids: Tensor) -> list[str]:
     """Prompts as texts, without start, end and padding."""
-    return [model.conditions.tokenizer.decode(model.conditions.content(row)).strip() for row in ids]
+    return [model.conditions.text(model.conditions.content(row)) for row in ids]
