@@ -114,6 +114,10 @@ ROWS: dict[str, dict[str, dict]] = {
     "concept_ablation": {"captions": {
         "concept": "red", "anchor": "plain", "steps": 15, "lr": 2e-3, "batch_size": 16, "images": 16,
     }},
+    "advunlearn": {"captions": {
+        "lr": 5e-3, "eta": 3.0, "retain_w": 0.3, "steps": 16, "batch_size": 8, "retain_batch_size": 8, "sampling_steps": 4,
+        "attack_steps": 1, "attack_lr": 0.05, "warm_up": 10,
+    }},
     "uce": {"captions": {
         "concept": ("red",), "guide": "plain", "own_prompts": True, "positions": "tail", "lam": 0.01, "preserve_scale": 0.05,
     }},
