@@ -127,6 +127,13 @@ ROWS: dict[str, dict[str, dict]] = {
     }},
     "sld": {"captions": {"concept": "red | crimson", "preset": "max", "warm_up": 1}},
     "negative_prompt": {"captions": {"concept": "red | crimson"}},
+    "forget_me_not": {"captions": {
+        "concept": "red | crimson", "template": None, "steps": 10, "lr": 2e-4, "batch_size": 8,
+    }},
+    "spm": {"captions": {
+        "concept": ("red | crimson",), "steps": 13, "lr": 5e-2, "batch_size": 2, "anchoring": 1.0, "anchors": 1, "alpha": 3.0,
+        "eta": 2.0, "sampling_steps": 4, "warmup": 0.0,
+    }},
     "seot": {"captions": {"concept": "red | crimson", "start": 0.0}},
     "sfd": {"class_images": {"lr": 3e-4, "fake_lr": 3e-4, "steps": 14, "batch_size": 8, "decay": 0.5}},
     "adapt_then_unlearn": {"gan": RING | {"copies": 2, "adapt_steps": 40, "ewc": 1.0, "gamma": 0.05, "alpha": 300.0}},
