@@ -19,8 +19,8 @@ PROMPTS = 6
 def sheet_cells(exam: Exam, forgotten: bool, count: int = PROMPTS) -> list[Cell]:
     """Evenly chosen cells: those of the target, in all of its words, or the others."""
     cells = [cell for cell in exam.cells if cell.holds(exam.target) == forgotten and (forgotten or cell.wording == 0)]
-    step = max(1, len(cells) // count)
-    return cells[::step][:count]
+    places = {round(i * (len(cells) - 1) / max(count - 1, 1)) for i in range(count)}
+    return [cells[place] for place in sorted(places)]
 
 
 def sheets(
