@@ -33,7 +33,7 @@ def test_short_forms_are_the_long_ones():
         ({"request": {"label": 3, "samples": [1]}}, ["request", "expected one of samples, label, where"]),
         ({"request": {"where": ["age", "<"]}}, ["request.where"]),
         ({"model": {"factory": "m:f"}}, ["factory and weights together"]),
-        ({"model": {"path": "a", "hub": "b"}}, ["expected one of path, hub, factory, found path, hub"]),
+        ({"model": {"path": "a", "hub": "b"}}, ["expected one of path, hub, factory, embedded, found path, hub"]),
         ({"floor": 2}, ["floor", "less than or equal to 1"]),
         ({"name": "../up"}, ["name", "names the run's folder"]),
         ({"recipe": {"epochs": 0}}, ["recipe.epochs", "greater than or equal to 1"]),

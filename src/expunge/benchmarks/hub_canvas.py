@@ -176,7 +176,8 @@ def from_folders(
     sampling: Sampling = SAMPLING,
     seeds: Sequence[int] = SEEDS,
 ) -> Bench:
-    """The benchmark's pieces from local folders. per_cell: training images of a cell that methods are given. retrained: models without one target ({target} in the path stands for its name)."""
+    """The benchmark's pieces from local folders. per_cell: training images of a cell that methods are given. retrained: models
+    without one target ({target} in the path stands for its name)."""
     if data is None or judges is None:
         raise BadSetting(
             "expected --data (style/object/number.jpg) and --judges (folders style and object) beside --model, found "

@@ -98,10 +98,13 @@ class Table(Section):
     label: str = Field(default="label", description="diffusion: the column of class numbers")
     embedded: bool = Field(default=False, description="the embedded model's own images")
     judge: str | None = Field(
-        default=None, description="gan: module:function, images -> probabilities; rows are the model's own samples, judged"
+        default=None,
+        description="gan: module:function, images -> probabilities; rows are the model's own samples, judged",
     )
     samples: int = Field(default=5000, ge=2, description="gan: how many of them")
-    threshold: float = Field(default=0.5, gt=0, le=1, description="gan: probability from which a sample shows request.label")
+    threshold: float = Field(
+        default=0.5, gt=0, le=1, description="gan: probability from which a sample shows request.label"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Table:
