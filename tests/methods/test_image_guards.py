@@ -296,7 +296,7 @@ def test_rows_whose_own_prompts_do_not_hold_the_concept_count_for_nothing():
         [0, 2], *[[0, i] for i in range(4, 16)], [2, 2], [2, 3], *[[2, i] for i in range(4, 16)]
     ]  # fmt: skip
     shares = objective(step)
-    assert float(shares[1]) == 0 and bool((shares[[0, 2]] > 0).all())
+    assert not bool(shares[1]) and bool((shares[[0, 2]] > 0).all())
 
 
 def test_forget_me_not_turns_attention_away_and_moves_its_scope_alone():

@@ -34,7 +34,7 @@ TEXT: Settings = {
     },
     "sld": {"preset": "medium", "warm_up": 2},
     "seot": {"start": 0.0},
-    "forget_me_not": {"template": None, "use_pooler": True, "steps": 30, "lr": 3e-4, "batch_size": 8},
+    "forget_me_not": {"template": None, "use_pooler": True, "steps": 30, "lr": 1.5e-4, "batch_size": 8},
     "spm": {
         "steps": 50, "lr": 2e-2, "batch_size": 4, "anchoring": 10.0, "anchors": 1, "alpha": 2.0, "sampling_steps": 6,
         "warmup": 0.1,
