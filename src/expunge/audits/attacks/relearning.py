@@ -208,7 +208,7 @@ relearning = attack_check(
 relearning_lora_8 = attack_check(
     Relearning(share=1.0, rank=8),
     "What some steps of rank-8 adapters on a tenth of the forget set bring back of the other nine tenths.",
-    kinds=("language",),
+    kinds=("language", "diffusion"),
     source="language attacks card, 3 (LoRA variant)",
 )
 retraining_on_parts = attack_check(
