@@ -160,7 +160,8 @@ def written(model: Any, words: Tensor, condition: Tensor) -> tuple[list[str], Te
     typed. Words may merge on the way."""
     conditions = model.conditions
     texts = [
-        conditions.text([*row, *conditions.content(own)]) for row, own in zip(words.tolist(), condition.cpu(), strict=True)
+        conditions.text([*row, *conditions.content(own)])
+        for row, own in zip(words.tolist(), condition.cpu(), strict=True)
     ]
     return texts, conditions.of(texts)
 
@@ -201,7 +202,9 @@ class DrawingAttack(Attack):
         """The attack on one model; made once for equal weights."""
         about = asked(case, self.prompts)
         known = _MADE.setdefault(case.model, {})
-        key = (self, seed, digest_weights(model.state_dict()), type(model).__name__, id(about))
+        # a guard's settings are not among its weights; it tells them by `about`
+        kind = f"{type(model).__name__} {getattr(model, 'about', dict)()}"
+        key = (self, seed, digest_weights(model.state_dict()), kind, id(about))
         if key not in known:
             known[key] = self._attempts(model, case, about, seed)
         return known[key]

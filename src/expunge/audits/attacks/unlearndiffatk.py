@@ -239,7 +239,10 @@ p4d = attack_check(
     source="UnlearnDiffAtk, arXiv 2310.11868",
 )  # fmt: skip
 def unlearn_diff_atk(
-    subjects: Subjects, budget: Budget = Budget(), attack: UnlearnDiffAtk = UnlearnDiffAtk(), controls: bool = True,  # noqa: B008
+    subjects: Subjects,
+    budget: Budget = Budget(),
+    attack: UnlearnDiffAtk = UnlearnDiffAtk(),
+    controls: bool = True,  # noqa: B008
 ) -> list[Measurement]:
     """Share of the target's prompts that show it unattacked (pre), and with a few searched words before them (post); controls.
 

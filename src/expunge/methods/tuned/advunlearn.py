@@ -113,9 +113,7 @@ def disjoint(case: Case, concept: str | None) -> None:
             if any(conditions.content(row)[i : i + len(word)] == word for i in range(len(row)))
         }
     if both:
-        shown = ", ".join(
-            repr(conditions.text(conditions.content(kept.new_tensor(row)))) for row in sorted(both)[:3]
-        )
+        shown = ", ".join(repr(conditions.text(conditions.content(kept.new_tensor(row)))) for row in sorted(both)[:3])
         raise BadData(
             f"expected retain prompts without the concept, found {len(both)} that hold it ({shown}); put their rows into the "
             "request, or out of the data"
