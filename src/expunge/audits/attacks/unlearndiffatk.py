@@ -240,9 +240,9 @@ p4d = attack_check(
 )  # fmt: skip
 def unlearn_diff_atk(
     subjects: Subjects,
-    budget: Budget = Budget(),
+    budget: Budget = Budget(),  # noqa: B008
     attack: UnlearnDiffAtk = UnlearnDiffAtk(),
-    controls: bool = True,  # noqa: B008
+    controls: bool = True,
 ) -> list[Measurement]:
     """Share of the target's prompts that show it unattacked (pre), and with a few searched words before them (post); controls.
 
