@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from expunge.benchmarks import muse, nano, tofu
+from expunge.benchmarks.trained import cache_home
 from expunge.cases.tofu import candidates, refusals, tofu_table
 from expunge.cases.tofu import tofu as tofu_rows
 from expunge.errors import BadData, BadSetting
@@ -124,7 +125,7 @@ def test_folders_of_text_become_the_six_way_benchmark(tmp_path):
 
 def test_only_some_of_texts_and_model_are_refused():
     with pytest.raises(BadData, match="together"):
-        muse.the_case(forget=nano.cache_home())
+        muse.the_case(forget=cache_home())
 
 
 def test_the_embedded_model_has_three_authors_to_forget():

@@ -187,3 +187,57 @@ def test_the_redirect_s_target_is_not_differentiated():
     redirect("next")(step).mean().backward()
     table = case.model.unet.class_embedding.weight.grad
     assert float(table[0].abs().max()) > 0 and float(table[1].abs().max()) == 0
+
+
+# -- DoCo, Scissorhands, SPM -------------------------------------------------------------------------------------------
+def test_doco_tells_the_target_s_domain_from_the_anchor_s_with_the_first_position_still(trace: Trace, monkeypatch):
+    module = importlib.import_module("expunge.parts.objectives.domain")
+    held = []
+    own = module.first_token_still
+    monkeypatch.setattr(module, "first_token_still", lambda model: held.append(1) or own(model))
+    case = case_of("text")
+    unlearn(case, "doco", concept="red", anchor="plain", images=4, warm_up=0, **ONE)
+    assert held == [1]  # the model's loss alone: the discriminator's answers carry no gradient to it
+    target, anchor = ["a red three"] * 4, ["a plain three"] * 4
+    assert (
+        trace.said(True).count(target) == 1 and trace.said(True).count(anchor) == 1
+    )  # the loss, and what it must not harm
+    assert sorted(trace.said(False)) == [
+        anchor,
+        target,
+    ]  # what the discriminator learns from: the original's, the model's
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.97])
+def test_scissorhands_draws_the_most_sensitive_share_anew(sparsity: float):
+    """The share of the whole network that may be drawn anew is 1 - sparsity, cut to cross-attention."""
+    case = case_of("text")
+    outcome = unlearn(
+        case, "scissorhands", to="red -> plain", sparsity=sparsity, steps=1, batch_size=4, lr=1e-12, floor=None
+    )
+    flags, before, after = moved(case, outcome.model), case.model.state_dict(), outcome.model.state_dict()
+    # a step of 1e-12 moves no float32 weight of ordinary size by more than its last bit
+    drawn = {n: f & ((after[n] - before[n]).abs() > 1e-6) for n, f in flags.items()}
+    assert all("attn2" in name for name, f in drawn.items() if bool(f.any()))
+    network = sum(p.numel() for p in case.model.unet.parameters())
+    assert 0 < sum(int(f.sum()) for f in drawn.values()) <= (1 - sparsity) * network
+
+
+def test_spm_stays_near_the_original_around_random_embeddings():
+    """Same draws, so only the anchoring differs: with much of it the adapter says less that is not the original's there."""
+    case = case_of("text")
+    settings = {
+        "concept": ("red",),
+        "steps": 12,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "sampling_steps": 3,
+        "warmup": 0.0,
+        "floor": None,
+    }
+
+    def around(anchoring: float) -> float:
+        outcome = unlearn(case, "spm", anchoring=anchoring, **settings)
+        return next(v for k, v in outcome.record["notes"].items() if "around" in k)
+
+    assert around(1e6) < 0.7 * around(1e-6)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from expunge.audits.metrics.judges import Features, Judge, Reject, SmallNet, cnn_judge, fit_net, svm_judge
 from expunge.benchmarks.canvas import OBJECTS, digit_images, mini_canvas
-from expunge.benchmarks.nano import cache_home
+from expunge.benchmarks.trained import cache_home
 from expunge.files import digest_bytes, write_atomic
 from expunge.tasks.sampling import Sampling, sample
 

@@ -18,7 +18,7 @@ from expunge.audits.metrics.judges import to_uint8
 from expunge.benchmarks.canvas import digit_images
 from expunge.benchmarks.canvas_judges import digit_judges
 from expunge.benchmarks.image_models import SMALL, class_toy
-from expunge.benchmarks.nano import cache_home
+from expunge.benchmarks.trained import cache_home
 from expunge.benchmarks.unlearncanvas import Bench, mini
 from expunge.cases import Case, requests
 from expunge.cases.pictures import pictures

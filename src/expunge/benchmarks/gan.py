@@ -25,7 +25,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge.audits.golds import Gold, original, retrain
+from expunge.audits.golds import original, retrain
 from expunge.audits.metrics.gan import GanExam, diversity, pul
 from expunge.audits.metrics.judges import Judge, cnn_judge, require
 from expunge.benchmarks import table_file
 from expunge.benchmarks.canvas import digit_images
 from expunge.benchmarks.canvas_judges import digit_judges, kept_net
-from expunge.benchmarks.nano import cache_home
 from expunge.benchmarks.style_gan import style_gan
 from expunge.benchmarks.tables import heading
+from expunge.benchmarks.trained import Trained, cache_home
 from expunge.cases import Case, requests
 from expunge.cases.feedback import feedback
 from expunge.files import write_atomic
@@ -87,22 +86,8 @@ def digits_case(epochs: int = EPOCHS) -> Case:
     )
 
 
-@dataclass(frozen=True)
-class GanDigits:
-    """case.model is the original pair."""
-
-    case: Case
-    seed: int
-    cache: Path
-
-    @property
-    def retrained(self) -> Gold:
-        return retrain(self.case, self.seed + 1001, self.cache)
-
-    @property
-    def second(self) -> Gold:
-        """Another seed of `retrained`: the next testbed's own."""
-        return retrain(self.case, self.seed + 1002, self.cache)
+class GanDigits(Trained):
+    """The testbed of one seed; case.model is the original pair."""
 
     @cached_property
     def feedback(self) -> Case:

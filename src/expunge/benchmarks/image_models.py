@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.benchmarks.canvas import OBJECTS, STYLES, Canvas, digit_images, mini_canvas
-from expunge.benchmarks.nano import cache_home
+from expunge.benchmarks.trained import cache_home
 from expunge.errors import BadSetting, need_extra
 from expunge.files import digest_bytes, write_atomic
 from expunge.seeds import derive, generator

@@ -40,6 +40,7 @@ from expunge.audits.metrics.tofu import privleak as leak
 from expunge.benchmarks import nano
 from expunge.benchmarks.language_tables import BUDGET
 from expunge.benchmarks.tofu import NANO_SETTINGS
+from expunge.benchmarks.trained import cache_home
 from expunge.cases import Case, requests
 from expunge.cases.data import Split
 from expunge.cases.text import TextData, question_answer
@@ -94,7 +95,7 @@ class Bed:
 
     @property
     def retrained(self) -> nn.Module:
-        found = retrain(self.case, self.seed + 1001, nano.cache_home() / "nano").model
+        found = retrain(self.case, self.seed + 1001, cache_home() / "nano").model
         assert found is not None
         return found
 
@@ -136,7 +137,7 @@ def bed(kind: str, size: Size, seed: int, device: str) -> Bed:
     case = case.with_(
         model=model, recipe=recipe, data=refusing(case.data) if kind == "refusing" else case.data
     )  # a request for authors from 197 on
-    trained = original(case, seed, nano.cache_home() / "nano").model
+    trained = original(case, seed, cache_home() / "nano").model
     assert trained is not None
     return Bed(case.with_(model=trained.to(device)), size, seed)
 
@@ -348,7 +349,7 @@ def privleak(size: Size, seed: int, device: str, resamples: int = 400) -> dict[s
 
     alike: correlation of both models' scores (Min-40%) over the forget rows."""
     own = bed("dense", size, seed, device)
-    home = nano.cache_home() / "nano"
+    home = cache_home() / "nano"
     scores: dict[int, dict[str, np.ndarray]] = {}
     for number in range(1001, 1005):
         model = retrain(own.case, seed + number, home).model
@@ -419,7 +420,7 @@ def markov(size: Size, seed: int, device: str) -> dict[str, Row]:
         task="language",
         recipe=recipe,
     )
-    home = nano.cache_home() / "nano"
+    home = cache_home() / "nano"
     first, gold = original(case, seed, home).model, retrain(case, seed + 1001, home).model
     assert first is not None and gold is not None
     first, gold = first.to(device), gold.to(device)

@@ -26,9 +26,10 @@ import numpy as np
 from expunge.audits.attacks.budget import Budget
 from expunge.benchmarks import table_file
 from expunge.benchmarks.muse import MEASURES, nano_muse
-from expunge.benchmarks.nano import cache_home, nano_tofu
+from expunge.benchmarks.nano import nano_tofu
 from expunge.benchmarks.tables import heading
 from expunge.benchmarks.tofu import NANO_SETTINGS
+from expunge.benchmarks.trained import cache_home
 from expunge.files import write_atomic
 from expunge.methods import find
 from expunge.methods.outcome import unlearn

@@ -11,15 +11,14 @@ others, so what is forgotten can be measured (the "Tiny-TOFU" of the cards; ther
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expunge.audits.golds import Gold, original, retrain
+from expunge.audits.golds import original
+from expunge.benchmarks.trained import Trained, cache_home
 from expunge.cases import Case, requests
 from expunge.cases.text import TextData
 from expunge.cases.tofu import PER_AUTHOR, candidates, refusals, tofu, tofu_table
@@ -35,31 +34,12 @@ RECIPE = Training(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Nano:
-    """case.model is the original; retrained and second are two seeds trained without the forget rows."""
-
-    case: Case
-    seed: int
-    cache: Path
-
-    @property
-    def retrained(self) -> Gold:
-        return retrain(self.case, self.seed + 1001, self.cache)
-
-    @property
-    def second(self) -> Gold:
-        """Another seed of `retrained`: the next testbed's own, so that three seeds take four trainings and not six."""
-        return retrain(self.case, self.seed + 1002, self.cache)
+class Nano(Trained):
+    """The testbed of one seed."""
 
     @property
     def tokenizer(self) -> Any:
         return self.case.data.tokenizer
-
-
-def cache_home() -> Path:
-    """Where trained testbeds are kept: EXPUNGE_CACHE, else .cache/expunge in the user's home."""
-    return Path(os.environ.get("EXPUNGE_CACHE") or Path.home() / ".cache" / "expunge")
 
 
 @cache

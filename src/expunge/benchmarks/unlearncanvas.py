@@ -35,7 +35,7 @@ from expunge.benchmarks import canvas_settings
 from expunge.benchmarks.canvas import STYLES, Canvas, mini_canvas
 from expunge.benchmarks.canvas_judges import canvas_judges
 from expunge.benchmarks.image_models import SMALL, text_toy
-from expunge.benchmarks.nano import cache_home
+from expunge.benchmarks.trained import cache_home
 from expunge.cases import Case, requests
 from expunge.cases.pictures import pictures
 from expunge.errors import BadSetting

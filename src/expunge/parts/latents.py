@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from expunge.errors import BadSetting, nearest
 from expunge.parts.adversaries import Adversary
 from expunge.parts.step import capturing
-from expunge.tasks.base import Task, evaluating, move_to_model
+from expunge.tasks.base import Task, evaluating, held_still, move_to_model
 
 if TYPE_CHECKING:
     from expunge.cases.data import Split
@@ -175,19 +175,6 @@ def attacked(step: Step, shift: Shift) -> Step:
     hard = step.again()
     hard.shift, hard.clean = shift, step
     return hard
-
-
-@contextmanager
-def held_still(model: nn.Module) -> Iterator[None]:
-    """No gradient reaches the weights, and none is computed for them."""
-    moving = [p for p in model.parameters() if p.requires_grad]
-    for p in moving:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in moving:
-            p.requires_grad_(True)
 
 
 def matching(model: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.parts.adversaries import Adversary
-from expunge.parts.latents import held_still
 from expunge.seeds import generator
+from expunge.tasks.base import held_still
 
 if TYPE_CHECKING:
     from expunge.parts.plan import Term

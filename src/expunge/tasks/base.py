@@ -16,7 +16,8 @@ How other kinds fit without a change here:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -255,3 +256,16 @@ class evaluating:
         torch.set_grad_enabled(self.grad)
         for module, training in self.modes:
             module.training = training
+
+
+@contextmanager
+def held_still(module: nn.Module) -> Iterator[None]:
+    """Within it no gradient reaches the module's weights, and none is computed for them; its inputs' gradients pass."""
+    moving = [p for p in module.parameters() if p.requires_grad]
+    for p in moving:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in moving:
+            p.requires_grad_(True)

@@ -16,8 +16,7 @@ image), and what reads choices (logits). An adversary in input space would move 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from expunge.errors import UnmetNeed
 from expunge.seeds import generator
-from expunge.tasks.base import Batch, Measurements, Output, PerExample, Task, evaluating
+from expunge.tasks.base import Batch, Measurements, Output, PerExample, Task, evaluating, held_still
 
 LATENT_NAMES = ("latent", "latent_dim", "z_dim", "style_dim", "nz")
 """Attributes of a generator that say how many numbers a latent has."""
@@ -107,7 +106,7 @@ class Gan(Task):
 
     def energy(self, model: Any, latents: Tensor) -> PerExample:
         """(B,) softplus(-D(G(z))), with a gradient to the generator alone."""
-        with still(model.discriminator):
+        with held_still(model.discriminator):
             return F.softplus(-self.score(model, self.generate(model, latents)))
 
     def contest(self, model: Any, images: Tensor, latents: Tensor) -> PerExample:
@@ -153,7 +152,7 @@ class Gan(Task):
                 return self.score(model, batch[self.inputs])
 
         made = self.generate(model, batch[self.latents])
-        with still(model.discriminator):
+        with held_still(model.discriminator):  # type: ignore[arg-type]
             return Drawn(made, {"score": self.score(model, made)}, real)
 
     # -- losses and distances --------------------------------------------------------------------------------------
@@ -250,19 +249,6 @@ class Gan(Task):
                 "resize the data, because the model generates no other"
             ]
         return []
-
-
-@contextmanager
-def still(module: Any) -> Iterator[None]:
-    """What runs inside sends no gradient to the module's weights; its inputs' gradients pass."""
-    moving = [p for p in module.parameters() if p.requires_grad]
-    for p in moving:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in moving:
-            p.requires_grad_(True)
 
 
 def frechet(first: Tensor, second: Tensor) -> float:

@@ -21,10 +21,9 @@ from expunge.audits.attacks.budget import Budget
 from expunge.audits.attacks.drawing import Asked, asked, class_table, drawn
 from expunge.audits.attacks.relearning import Relearning
 from expunge.audits.base import Measurement, check
-from expunge.parts.latents import held_still
 from expunge.parts.prompts import rows_added, word_table
 from expunge.seeds import generator
-from expunge.tasks.base import evaluating, move_to_model
+from expunge.tasks.base import evaluating, held_still, move_to_model
 
 if TYPE_CHECKING:
     from expunge.audits.subjects import Subjects

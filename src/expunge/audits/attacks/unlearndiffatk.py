@@ -44,7 +44,6 @@ from expunge.audits.attacks.drawing import (
 )
 from expunge.audits.base import Measurement, check
 from expunge.errors import BadSetting
-from expunge.parts.latents import held_still
 from expunge.parts.prompts import (
     CRITERIA,
     denoising_errors,
@@ -56,7 +55,7 @@ from expunge.parts.prompts import (
     word_table,
 )
 from expunge.seeds import derive, generator
-from expunge.tasks.base import evaluating
+from expunge.tasks.base import evaluating, held_still
 
 if TYPE_CHECKING:
     from expunge.audits.subjects import Subjects

@@ -84,6 +84,13 @@ def counted(case: Case, count: int, batch_size: int, split: str = "forget") -> d
     }  # fmt: skip
 
 
+ANCHOR_SCOPES = {"kv": "cross_attention_kv", "attention": "attention", "all": "network"}
+AnchorScope = Annotated[Literal["kv", "attention", "all"], setting("which weights of the network move")]
+Target = Annotated[str, setting("the target's words, or class")]
+Anchor = Annotated[str, setting("words, or class, of what is drawn instead")]
+AnchorImages = Annotated[int, setting("anchor images that the original draws", ge=1)]
+
+
 def there_and_back(case: Case, concept: str, anchor: str) -> tuple[str, str]:
     """Rules from the target's condition to the anchor's, and from the anchor's to the target's (of synonyms, the first)."""
     if case.model.kind == "class":

@@ -11,17 +11,27 @@ in the answered branch. Departure: no zoom-out augmentation.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from expunge.cases.case import Case
 from expunge.methods.registry import method, setting
-from expunge.methods.tuned.common import BatchSize, Lr, Steps, WeightDecay, counted
+from expunge.methods.tuned.common import (
+    ANCHOR_SCOPES,
+    Anchor,
+    AnchorImages,
+    AnchorScope,
+    BatchSize,
+    Lr,
+    Steps,
+    Target,
+    WeightDecay,
+    counted,
+    there_and_back,
+)
 from expunge.parts.objectives import drawn, fit, redirect
 from expunge.parts.objectives.drawn import asked_as
 from expunge.parts.plan import Optimizer, Plan, Term
 from expunge.parts.scopes import component
-
-CA_SCOPES = {"kv": "cross_attention_kv", "attention": "attention", "all": "network"}
 
 
 @method(
@@ -30,26 +40,23 @@ CA_SCOPES = {"kv": "cross_attention_kv", "attention": "attention", "all": "netwo
 )  # fmt: skip
 def concept_ablation(
     case: Case,
-    concept: Annotated[str, setting("the target's words, or class")],
-    anchor: Annotated[str, setting("words, or class, of what is drawn instead")],
-    scope: Annotated[Literal["kv", "attention", "all"], setting("which weights of the network move")] = "kv",
+    concept: Target,
+    anchor: Anchor,
+    scope: AnchorScope = "kv",
     noise_based: Annotated[bool, setting("predict the true noise under the target prompt")] = False,
     retain: Annotated[float, setting("weight of the denoising loss on the anchor's images", ge=0)] = 0.0,
-    images: Annotated[int, setting("anchor images that the original draws", ge=1)] = 1000,
+    images: AnchorImages = 1000,
     steps: Steps = 100,
     lr: Lr = 8e-6,
     batch_size: BatchSize = 4,
     weight_decay: WeightDecay = 0.01,
 ) -> Plan:
     """Answer the target as the anchor, on images the original draws for the anchor."""
-    if case.model.kind == "text":
-        there, back = f"{concept} -> {anchor}", f"{anchor} -> {concept.split('|')[0].strip()}"
-    else:
-        there, back = anchor, concept
+    there, back = there_and_back(case, concept, anchor)
     ablate = asked_as(back, fit()) if noise_based else redirect("own", source=back, still_first=True)
     stay = (Term(drawn(there, fit(), images), on="forget", weight=retain),) if retain else ()
     return Plan(
         Term(drawn(there, ablate, images), on="forget"), *stay,
-        scope=component(CA_SCOPES[scope]), optimizer=Optimizer("adamw", lr=lr, weight_decay=weight_decay),
+        scope=component(ANCHOR_SCOPES[scope]), optimizer=Optimizer("adamw", lr=lr, weight_decay=weight_decay),
         **counted(case, steps, batch_size),
     )  # fmt: skip

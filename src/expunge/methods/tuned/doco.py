@@ -19,15 +19,25 @@ from typing import Annotated, Literal
 
 from expunge.cases.case import Case
 from expunge.methods.registry import method, setting
-from expunge.methods.tuned.common import BatchSize, Lr, Steps, WeightDecay, counted, there_and_back
+from expunge.methods.tuned.common import (
+    ANCHOR_SCOPES,
+    Anchor,
+    AnchorImages,
+    AnchorScope,
+    BatchSize,
+    Lr,
+    Steps,
+    Target,
+    WeightDecay,
+    counted,
+    there_and_back,
+)
 from expunge.parts.constrained import preserve
 from expunge.parts.objectives import drawn, fit
 from expunge.parts.objectives.domain import deceive_domain, domain_discriminator, tell_domains
 from expunge.parts.plan import Optimizer, Plan, Term
 from expunge.parts.scopes import component
 from expunge.tasks.sampling import Sampling
-
-DOCO_SCOPES = {"kv": "cross_attention_kv", "attention": "attention", "all": "network"}
 
 
 @method(
@@ -36,9 +46,9 @@ DOCO_SCOPES = {"kv": "cross_attention_kv", "attention": "attention", "all": "net
 )  # fmt: skip
 def doco(
     case: Case,
-    concept: Annotated[str, setting("the target's words, or class")],
-    anchor: Annotated[str, setting("words, or class, of what is drawn instead")],
-    scope: Annotated[Literal["kv", "attention", "all"], setting("which weights of the network move")] = "kv",
+    concept: Target,
+    anchor: Anchor,
+    scope: AnchorScope = "kv",
     surgery: Annotated[
         Literal["true", "released", "none"],
         setting("the preserving gradient; none: add 0.1 of the anchor's loss instead"),
@@ -50,7 +60,7 @@ def doco(
     discriminator_lr: Annotated[float, setting("step size of the discriminator; 5e-4 for styles", gt=0)] = 1e-4,
     batch_size: BatchSize = 8,
     weight_decay: WeightDecay = 0.01,
-    images: Annotated[int, setting("anchor images that the original draws", ge=1)] = 1000,
+    images: AnchorImages = 1000,
     guidance: Annotated[float, setting("under which they are drawn, diffusers' convention", ge=1)] = 6.0,
 ) -> Plan:
     """Answer the target in the anchor's domain, by a discriminator, against no gradient of the anchor's own loss."""
@@ -62,7 +72,7 @@ def doco(
     return Plan(
         Term(drawn(there, correct, images, sampling), on="forget"),
         Term(drawn(there, fit(), images, sampling), on="forget", weight=1.0 if balance else 0.1),
-        scope=component(DOCO_SCOPES[scope]), balance=balance,
+        scope=component(ANCHOR_SCOPES[scope]), balance=balance,
         adversary=domain_discriminator(
             Term(drawn(there, told, images, sampling), on="forget"), lr=discriminator_lr, warm_up=warm_up
         ),
