@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from expunge.audits.attacks import drawing
-from expunge.audits.attacks.budget import Budget
+from expunge.audits.attacks.budget import Budget, attacked
 from expunge.audits.attacks.drawing import NewSeeds, OtherWordings, RandomPrefix, asked, drawn, shortened, written
 from expunge.audits.attacks.unlearndiffatk import EmbeddingSearch, UnlearnDiffAtk, unlearn_diff_atk
 from expunge.audits.base import checks
 from expunge.audits.battery import find_attacks
+from expunge.audits.metrics.judges import to_uint8
+from expunge.audits.residue import Evidence, attacked_residue
 from expunge.audits.subjects import Subjects
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.parts.prompts import denoising_errors, word_table
@@ -156,7 +158,7 @@ def test_a_prompts_search_does_not_depend_on_the_others(monkeypatch):
 
 
 def _first(about, count):
-    return drawing.Asked(about.condition[:count], about.seeds[:count], about.latents[:count])
+    return drawing.Asked(about.condition[:count], about.seeds[:count], about.latents[:count], about.places[:count])
 
 
 def test_the_best_single_word_is_nearly_that_of_the_exhaustive_search(monkeypatch):
@@ -166,7 +168,7 @@ def test_the_best_single_word_is_nearly_that_of_the_exhaustive_search(monkeypatc
 
     model = Denoiser(small_text_toy()).eval()
     prompt = model.conditions.of(["three"])
-    about = drawing.Asked(prompt, [7], model.latents(mini_canvas("test").of(style=2, object=3)[:1]))
+    about = drawing.Asked(prompt, [7], model.latents(mini_canvas("test").of(style=2, object=3)[:1]), np.array([0]))
     words, short, time = drawing.vocabulary(model), shortened(model, prompt, 1), torch.full((8,), 700)
     noise = torch.randn(1, 8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -286,6 +288,29 @@ def test_the_check_tells_pre_and_post_and_controls_and_feeds_the_verdict():
     assert {"random_prefix", "new_seeds", "p4d"} <= set(checks("diffusion", attack=True))
     scores = UnlearnDiffAtk(**SMALL).scores(other, case, Budget(), 0)
     assert scores.shape == (3,) and set(scores) <= {0.0, 1.0}
+
+
+def test_the_verdict_compares_attacked_prompts_with_the_same_answers_unattacked():
+    """Fewer prompts than answers: what is scored is told by its places, in any words and under any seed of the exam."""
+    red = lambda images: images.flatten(1).double().mean(1).numpy()  # noqa: E731
+    level = np.quantile(red(text(ALL).exam.answers(text_case().model).images), 0.3)
+    case = text(lambda images: red(images) > level)
+    about, recalled = asked(case, 4), case.exam.recalled(case.model)
+    assert len(about) < len(recalled) and (recalled[about.places] == 1).all()
+    answers = case.exam.answers(case.model)
+    held = answers.images[[case.exam.cells[c].holds(case.exam.target) for c in answers.cell.tolist()]]
+    for place, condition, seed in zip(about.places.tolist(), about.condition, about.seeds, strict=True):
+        images = drawn(case.model, case, condition[None], [seed])[0]
+        assert torch.equal(to_uint8(images)[0], held[place])
+
+    other, second = text_case().model, text_case().model
+    subjects = Subjects(case, case.model, other, other, second)
+    attack = OtherWordings(4)
+    after = attacked(subjects, attack, Budget())
+    assert after.rows.tolist() == about.places.tolist() and len(after.unlearned) == len(about)
+    scores = (recalled, np.zeros_like(recalled), np.zeros_like(recalled), np.zeros_like(recalled))
+    found = attacked_residue(Evidence(*scores, attacks={attack.name: after}), attack.name, resamples=20)
+    assert found.n == len(about)
 
 
 def test_what_cannot_be_attacked_says_why():

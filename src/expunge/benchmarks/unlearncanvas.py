@@ -224,6 +224,7 @@ def run(
     small: bool = False,
     folder: str | Path = "runs/canvas",
     attacks: bool | Sequence[str] = False,
+    prompts: bool = False,
     checks: Sequence[str] = CHECKS,
     workers: int = 1,
     command: str = "",
@@ -232,11 +233,15 @@ def run(
 ) -> dict[str, Comparison]:
     """target -> methods x seeds beside original and retrained. Each seed has its own original and golds.
 
-    attacks: the battery and UnlearnDiffAtk, and with them verdicts; or names of the battery. toy: budgets of the embedded model's size.
+    attacks: the battery and UnlearnDiffAtk, and with them verdicts; or names of the battery. prompts: UnlearnDiffAtk alone, with
+    its controls. toy: budgets of the embedded model's size.
     """
     bench = bench or mini(small)
     battery = () if attacks is False else find_attacks(None if attacks is True else attacks, "diffusion")
-    asked = [*(a.name for a in battery if a.name in known_checks("diffusion")), *([ATTACK] if attacks is True else [])]
+    asked = [
+        *(a.name for a in battery if a.name in known_checks("diffusion")),
+        *([ATTACK] if prompts or attacks is True else []),
+    ]
     found: dict[str, Comparison] = {}
     for text in targets:
         found[text] = compare(
@@ -307,6 +312,8 @@ COLUMNS = (
     ("worst", "generation_accuracy", "worst_retained"), ("leak", "generation_accuracy", "leak"),
     ("rejected", "generation_answers", "rejected"), ("FID", "image_distance", "fid"), ("KID", "image_distance", "kid"),
     ("storage MB", "storage", "storage"), ("ASR unattacked", "unlearn_diff_atk", "pre_asr"), ("ASR", "unlearn_diff_atk", "post_asr"),
+    ("random words", "unlearn_diff_atk", "random_prefix_asr"), ("new seeds", "unlearn_diff_atk", "new_seeds_asr"),
+    ("other wordings", "unlearn_diff_atk", "other_wordings_asr"),
 )  # fmt: skip
 ATTACK = "unlearn_diff_atk"
 """The check whose measurements fill the columns of attacked prompts (Rob is 100 - ASR), where it was run."""

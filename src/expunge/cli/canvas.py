@@ -16,7 +16,7 @@ from expunge.files import write_atomic
 
 def bench(
     methods: str, seeds: list[int], folder: Path, *, targets: str, small: bool, sequence: bool, model: str | None,
-    retrained: str | None, second: str | None, data: Path | None, judges: Path | None, attacks: bool, samples: int,
+    retrained: str | None, second: str | None, data: Path | None, judges: Path | None, attacks: bool, prompts: bool, samples: int,
     show_forgotten: bool, workers: int, table: Path | None,
 ) -> None:  # fmt: skip
     """Run it, print a table for each target, write contact sheets and the report."""
@@ -34,7 +34,7 @@ def bench(
         f"--seeds {len(seeds) if seeds == list(range(len(seeds))) else ','.join(map(str, seeds))}",
     ]
     told += ["--small"] if small else []
-    told += ["--attacks"] if attacks else ["--no-attacks"]
+    told += ["--attacks"] if attacks else ["--no-attacks", *(["--prompt-attacks"] if prompts else [])]
     command, toy = " ".join(told), model is None
     if model is None:
         pieces = unlearncanvas.mini(small)
@@ -49,7 +49,7 @@ def bench(
         for text in names:
             started = time.perf_counter()
             found |= unlearncanvas.run(
-                [text], chosen, seeds, bench=pieces, small=small, folder=folder, attacks=attacks, workers=workers,
+                [text], chosen, seeds, bench=pieces, small=small, folder=folder, attacks=attacks, prompts=prompts, workers=workers,
                 command=command, report=report, toy=toy,
             )  # fmt: skip
             body = unlearncanvas.table(found[text], unlearncanvas.control(pieces, text, seeds[0]))

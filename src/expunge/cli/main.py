@@ -228,6 +228,9 @@ def bench(
     judges: Annotated[
         Path | None, typer.Option(help="canvas: folder with the ViT classifiers style/ and object/")
     ] = None,
+    prompt_attacks: Annotated[
+        bool, typer.Option("--prompt-attacks", help="canvas: UnlearnDiffAtk and its controls without the battery")
+    ] = False,
     table: Annotated[Path | None, typer.Option(help="canvas: file of a committed table to write sections of")] = None,
     samples: Annotated[int, typer.Option(min=0, help="sample answers to kept questions, side by side")] = 0,
     show_forgotten: Annotated[
@@ -242,7 +245,7 @@ def bench(
     benches.bench(
         which, methods, split=split, seeds=seeds, model=model, retrained=retrained, second=second, forget=forget, retain=retain,
         folds=folds, attacks=attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
-        targets=targets, small=small, sequence=sequence, data=data, judges=judges, table=table,
+        targets=targets, small=small, sequence=sequence, data=data, judges=judges, table=table, prompts=prompt_attacks,
     )  # fmt: skip
 
 

@@ -96,6 +96,7 @@ def _one_seed(
     case: Case | Callable[[int], Case], methods: Sequence[tuple[str, dict[str, Any]]], seed: int, folder: Path | None,
     floor: float | None, audit_settings: Mapping[str, Any], report: Report | None = None,
 ) -> list[Results]:  # fmt: skip
+    from expunge.engine.execute import forget_peak_memory
     from expunge.methods.outcome import unlearn
 
     own = case if isinstance(case, Case) else case(seed)
@@ -107,6 +108,7 @@ def _one_seed(
     for number, (name, settings) in enumerate(methods):
         if report is not None:
             report(f"{name}, seed {seed}", number, len(methods))
+        forget_peak_memory()
         outcome = unlearn(own, name, seed=seed, floor=floor, **settings)
         audited = auditor.audit(outcome)
         if folder is not None:

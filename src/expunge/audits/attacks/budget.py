@@ -100,6 +100,11 @@ class Attack:
         """Places in the forget split that are scored (m,) int64; None for all of them."""
         return None
 
+    def places(self, case: Case, budget: Budget, seed: int) -> np.ndarray | None:
+        """Places of `scores` among the scores without an attack, (m,) int64; None for all of them."""
+        found = self.positions(case, budget, seed) if case.exam is None else None
+        return None if found is None else found.numpy()
+
     def scored(self, case: Case, budget: Budget, seed: int) -> Split:
         """The rows on which what came back is measured."""
         places, forget = self.positions(case, budget, seed), case.split("forget")
@@ -118,7 +123,7 @@ class Attack:
 class Attacked:
     """Forget scores after an attack, (m,) for each subject in one order of rows.
 
-    second: of a second retrained seed. rows: places in the forget set, None for all. cost: what was spent.
+    second: of a second retrained seed. rows: places among the scores without an attack, None for all. cost: what was spent.
     """
 
     original: np.ndarray
@@ -163,13 +168,12 @@ def attacked(subjects: Subjects, attack: Attack, budget: Budget, memory: Memory 
             scores[subject] = known[key] if key in known else attack.scores(subjects.model(subject), case, budget, seed)
             if subject != "unlearned":
                 known[key] = scores[subject]
-        places = attack.positions(case, budget, seed) if case.exam is None else None
         return Attacked(
             scores["original"],
             scores["unlearned"],
             scores["retrained"],
             scores.get("floor"),
-            None if places is None else places.numpy(),
+            attack.places(case, budget, seed),
             budget.describe(),
             attack.cost(case, budget),
         )

@@ -44,11 +44,13 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Asked:
-    """N prompts for the target. condition (N, L) or (N,), seeds of their images, latents (N, C, H, W) of what the original drew."""
+    """N prompts for the target. condition (N, L) or (N,), seeds of their images, latents (N, C, H, W) of what the original drew,
+    places (N,) int64 of the images among the exam's answers to the target's cells (`Exam.recalled`)."""
 
     condition: Tensor
     seeds: list[int]
     latents: Tensor
+    places: np.ndarray
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -91,12 +93,17 @@ def asked(case: Case, count: int) -> Asked:
     known = _ASKED.setdefault(model, {})
     key = (repr(exam.cells), repr(exam.describe()), count)
     if key not in known:
-        cells = [cell for cell in exam.cells if cell.wording == 0 and cell.holds(exam.target)]
-        rows = [(cell, image_seed(cell, seed)) for seed in exam.seeds for cell in cells]
-        found: list[tuple[Any, int, Tensor]] = []
+        held = [cell for cell in exam.cells if cell.holds(exam.target)]
+        rows = [
+            (cell, image_seed(cell, seed), place * len(exam.seeds) + number)
+            for number, seed in enumerate(exam.seeds)
+            for place, cell in enumerate(held)
+            if cell.wording == 0
+        ]
+        found: list[tuple[Any, int, int, Tensor]] = []
         for start in range(0, len(rows), 2 * count):
             some = rows[start : start + 2 * count]
-            images, shows = drawn(model, case, model.conditions.of([c.asks for c, _ in some]), [s for _, s in some])
+            images, shows = drawn(model, case, model.conditions.of([c.asks for c, *_ in some]), [s for _, s, _ in some])
             found += [(*row, image) for row, image, yes in zip(some, images, shows, strict=True) if yes]
             if len(found) >= count:
                 break
@@ -108,7 +115,10 @@ def asked(case: Case, count: int) -> Asked:
         found = found[:count]
         with torch.no_grad():
             latents = model.latents(torch.stack([image for *_, image in found]).to(model.device))
-        known[key] = Asked(model.conditions.of([c.asks for c, *_ in found]), [s for _, s, _ in found], latents)
+        known[key] = Asked(
+            model.conditions.of([c.asks for c, *_ in found]), [s for _, s, *_ in found], latents,
+            np.array([place for *_, place, _ in found]),
+        )  # fmt: skip
     return known[key]
 
 
@@ -225,6 +235,9 @@ class DrawingAttack(Attack):
             for place, text, yes in zip(left.tolist(), offer.prompts, shows, strict=True):
                 prompts[place] = text if yes else ""
         return Attempts(before, won, images, tuple(prompts))
+
+    def places(self, case: Case, budget: Budget, seed: int) -> np.ndarray | None:
+        return asked(case, self.prompts).places
 
     def scores(self, model: nn.Module, case: Case, budget: Budget, seed: int) -> np.ndarray:
         return self.attempts(model, case, seed).after.astype(np.float64)
