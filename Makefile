@@ -69,6 +69,8 @@ bench-gpu: .venv/.installed ## loop, memory, ensembles, bf16 and unlearning time
 	$(RUN) -m expunge.benchmarks.speed --device cuda --rows 20000 --trained 80 --skip lat smooth_npo ntk_forgetting prune_first
 bench-canvas: .venv/.installed ## UnlearnCanvas on the embedded text model: erasers, controls, three seeds
 	$(RUN) -m expunge bench canvas --targets red --seeds 3 --no-attacks --table benchmarks-results/canvas.md
+bench-class-erasers: .venv/.installed ## a digit out of the class-conditional toy: erasers and generic methods, two seeds
+	$(RUN) -m expunge.benchmarks.class_erasers
 bench-language: .venv/.installed ## every language method on the embedded model (EXPUNGE_DATA): one budget, one level, SAM
 	for table in fixed matched muse sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
 bench-language-claims: .venv/.installed ## what papers claim of language models, at the sizes at hand (EXPUNGE_DATA): SEUF, tracing, LAT, FLAT, SimNPO
@@ -86,4 +88,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
+.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-class-erasers bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean

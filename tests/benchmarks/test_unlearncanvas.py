@@ -104,6 +104,20 @@ def test_table_counts_what_the_slow_loop_counts(bench: Bench, tmp_path) -> None:
     assert storage.original == 0 and storage.unlearned == pytest.approx(sum(p.numel() * 4 for p in attention) / 2**20)
 
 
+def test_a_committed_table_is_of_every_kept_run_and_says_which_command_made_which_row(bench: Bench, tmp_path) -> None:
+    about = {"bench": bench, "small": True, "folder": tmp_path}
+    run(["red"], ["uce"], [0], command="first", checks=LITTLE, **about)
+    run(["red"], [("fine_tune", {"epochs": 1})], [0], command="second", checks=LITTLE[:1], **about)
+    made = unlearncanvas.section(tmp_path / "red", bench, "red", [0])
+    assert list(made.rows) == ["original", "retrained", "random weights", "uce", "fine_tune"]
+    assert made.made == {"`first`": "uce", "`second`": "fine_tune"}
+    place = [cell.strip() for cell in made.head[0].split("|")].index("storage MB")
+    stored = {name: line.split("|")[place].strip() for name, line in made.rows.items()}
+    assert float(stored["uce"]) > 0 and stored["fine_tune"] == ""  # not measured is no zero
+    with pytest.raises(BadData, match="run the bench first"):
+        unlearncanvas.kept(tmp_path / "red", [1])
+
+
 def test_one_object_in_one_style_needs_no_gold(bench: Bench, tmp_path) -> None:
     found = run(["red three"], ["uce"], [0], bench=bench, small=True, folder=tmp_path, checks=LITTLE)["red three"]
     text = table(found, unlearncanvas.control(bench, "red three"))

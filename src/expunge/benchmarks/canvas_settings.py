@@ -16,8 +16,8 @@ TEXT: Settings = {
     "concept_ablation": {"steps": 120, "lr": 1e-3, "batch_size": 16, "images": 200},
     "esd": {"steps": 80, "lr": 1e-3, "batch_size": 8, "sampling_steps": 20},
     "advunlearn": {
-        "steps": 100, "warm_up": 30, "lr": 3e-4, "batch_size": 4, "retain_batch_size": 8, "sampling_steps": 20,
-        "attack_steps": 5, "attack_lr": 1e-2, "retain_w": 0.3,
+        "steps": 100, "warm_up": 30, "lr": 4e-3, "batch_size": 4, "retain_batch_size": 8, "sampling_steps": 20,
+        "attack_steps": 3, "attack_lr": 1e-2, "retain_w": 0.3,
     },
     "salun_generation": {"steps": 100, "lr": 2e-4, "batch_size": 32},
     "doco": {

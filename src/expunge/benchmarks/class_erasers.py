@@ -40,7 +40,7 @@ GENERIC: tuple[Row, ...] = (
     ("scrub", {"optimizer": "adam", "alpha": 1.0, "lr": 5e-4, "epochs": 2, "msteps": 2}),
     ("grad_diff", {"lr": 2e-4, "epochs": 3}), ("grad_diff", {"lr": 5e-4, "epochs": 3}),
     ("neggrad_plus", {"lr": 0.05, "alpha": 0.9, "epochs": 2}),
-    ("salun", {"lr": 0.1, "epochs": 2, "batch_size": 64}),
+    ("salun", {"lr": 0.1, "epochs": 2, "batch_size": 64}), ("salun", {"lr": 0.03, "epochs": 10, "batch_size": 64}),
 )  # fmt: skip
 
 

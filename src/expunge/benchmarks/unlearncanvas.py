@@ -35,10 +35,11 @@ from expunge.benchmarks import canvas_settings
 from expunge.benchmarks.canvas import STYLES, Canvas, mini_canvas
 from expunge.benchmarks.canvas_judges import canvas_judges
 from expunge.benchmarks.image_models import SMALL, text_toy
+from expunge.benchmarks.table_file import Section
 from expunge.benchmarks.trained import cache_home
 from expunge.cases import Case, requests
 from expunge.cases.pictures import pictures
-from expunge.errors import BadSetting
+from expunge.errors import BadData, BadSetting
 from expunge.methods import find
 from expunge.records.compare import MethodSpec, compare
 from expunge.records.comparison import Comparison
@@ -302,6 +303,27 @@ def control(bench: Bench, text: str, seed: int = 0) -> dict[str, float]:
         "ua": 100 * float(marks.unlearned().mean()), "ira": 100 * float(marks.kept(marks.domains).mean()),
         "cra": 100 * float(marks.kept(marks.other_domains).mean()) if marks.other_domains else float("nan"),
     }  # fmt: skip
+
+
+def kept(folder: str | Path, seeds: Sequence[int]) -> Comparison:
+    """Every run of these seeds kept in one target's folder by this and earlier commands, methods in the order they were made."""
+    files = [f for seed in seeds for f in Path(folder).glob(f"*/seed{seed}/results.json")]
+    if not files:
+        raise BadData(
+            f"expected runs of seeds {', '.join(map(str, seeds))} in {folder}, found none; run the bench first"
+        )
+    return Comparison.of(sorted(files, key=lambda file: file.stat().st_mtime_ns))
+
+
+def section(folder: str | Path, bench: Bench, text: str, seeds: Sequence[int]) -> Section:
+    """A target's section of a committed table, with the command that made each row."""
+    found = kept(folder, seeds)
+    made: dict[str, list[str]] = {}
+    for row in found.rows():
+        for command in dict.fromkeys(run.command for run in row.runs):
+            made.setdefault(f"`{command}`", []).append(row.label)
+    whole = Section.of(note(found, bench), table(found, control(bench, text, seeds[0])), "")
+    return replace(whole, made={command: ", ".join(labels) for command, labels in made.items()})
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

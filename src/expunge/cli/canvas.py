@@ -47,14 +47,12 @@ def bench(
     began = time.perf_counter()
     with show.Report() as report:
         for text in names:
-            started = time.perf_counter()
             found |= unlearncanvas.run(
                 [text], chosen, seeds, bench=pieces, small=small, folder=folder, attacks=attacks, prompts=prompts, workers=workers,
                 command=command, report=report, toy=toy,
             )  # fmt: skip
-            body = unlearncanvas.table(found[text], unlearncanvas.control(pieces, text, seeds[0]))
-            made = f"`{command}` in {time.perf_counter() - started:.0f} s"
-            sections[text] = table_file.Section.of(unlearncanvas.note(found[text], pieces), body, made)
+            if table is not None:
+                sections[text] = unlearncanvas.section(folder / text.replace(" ", "-"), pieces, text, seeds)
             _sheets(folder / text.replace(" ", "-"), pieces, text, seeds[0], samples or 2, show_forgotten)
     for text in names:
         show.out().print(f"\n[bold]{text}[/]")

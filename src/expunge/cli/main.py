@@ -231,7 +231,10 @@ def bench(
     prompt_attacks: Annotated[
         bool, typer.Option("--prompt-attacks", help="canvas: UnlearnDiffAtk and its controls without the battery")
     ] = False,
-    table: Annotated[Path | None, typer.Option(help="canvas: file of a committed table to write sections of")] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="canvas: file to write a table to, of every run of these seeds kept in the folder"),
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="sample answers to kept questions, side by side")] = 0,
     show_forgotten: Annotated[
         bool, typer.Option("--show-forgotten", help="samples of forgotten questions too")

@@ -6,6 +6,7 @@ import concurrent.futures
 import inspect
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def compare(
         find(name).configure(**settings)  # a wrong name or setting is told before any compute
     total = len(chosen) * len(seeds)
     found: dict[int, list[Results]] = {}
-    jobs = [(case, chosen, seed, None if folder is None else Path(folder), floor, audit_settings) for seed in seeds]
+    where = None if folder is None else Path(folder)
+    jobs = [(case, chosen, seed, where, floor, command, audit_settings) for seed in seeds]
     if _workers(workers) > 1 and len(seeds) > 1:
         # fork: cases hold closures (build functions) that do not pickle; results come back as plain data
         context = multiprocessing.get_context("fork")
@@ -94,7 +96,7 @@ def save(comparison: Comparison, folder: str | Path) -> Path:
 
 def _one_seed(
     case: Case | Callable[[int], Case], methods: Sequence[tuple[str, dict[str, Any]]], seed: int, folder: Path | None,
-    floor: float | None, audit_settings: Mapping[str, Any], report: Report | None = None,
+    floor: float | None, command: str, audit_settings: Mapping[str, Any], report: Report | None = None,
 ) -> list[Results]:  # fmt: skip
     from expunge.engine.execute import forget_peak_memory
     from expunge.methods.outcome import unlearn
@@ -111,6 +113,7 @@ def _one_seed(
         forget_peak_memory()
         outcome = unlearn(own, name, seed=seed, floor=floor, **settings)
         audited = auditor.audit(outcome)
+        audited = replace(audited, results=audited.results.model_copy(update={"command": command}))
         if folder is not None:
             audited.save(folder / _label(name, settings, methods) / f"seed{seed}")
         found.append(audited.results)
