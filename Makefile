@@ -34,7 +34,7 @@ test: .venv/.installed ## lint, format, types, floors, tests
 test-shards: .venv/.installed ## FSDP2 on two processes (a quiet machine)
 	EXPUNGE_TEST_SHARDS=1 $(ONE_THREAD) $(RUN) -m pytest tests/engine/test_distribution.py
 
-bench: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## every measured table
+bench: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## the foundation's tables; the others are below
 
 bench-overhead: .venv/.installed ## the loop over a bare loop of the same arithmetic
 	$(RUN) -m expunge.benchmarks.overhead

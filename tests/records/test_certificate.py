@@ -15,7 +15,7 @@ from expunge.errors import BadData, BadModel, BadSetting, VerificationFailed
 from expunge.files import digest_weights
 from expunge.records.certificate import certify, inspect_certificate, source_digest, verify
 from expunge.records.keys import fingerprint, new_key, private_key
-from expunge.records.limits import limits
+from expunge.records.limits import limits, limits_of
 from expunge.records.results import Results
 
 
@@ -231,3 +231,13 @@ def test_what_is_not_proved_depends_on_the_guarantee():
     assert len(exact & certified & empirical) >= 4 and exact != certified != empirical != exact
     assert any("budget" in line for line in empirical) and not any("budget" in line for line in exact)
     assert any("hides" in line for line in limits("empirical", "suppression"))
+
+
+@pytest.mark.parametrize(("verdict", "observed"), [("suppressed", None), ("retained", "suppression")])
+def test_a_claim_of_removal_is_told_as_what_the_audit_saw(verdict, observed):
+    data = results_dict()
+    data["method"]["intention"] = "removal"
+    data["verdict"] |= {"verdict": "removed", "numbers": {}}
+    assert not any("hides" in line for line in limits_of(Results.from_dict(data)))
+    data["verdict"] |= {"verdict": verdict, "numbers": {"observed_intention": {"observed": observed}}}
+    assert any("hides" in line for line in limits_of(Results.from_dict(data)))

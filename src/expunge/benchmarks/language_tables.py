@@ -2,6 +2,7 @@
 
     python -m expunge.benchmarks.language_tables fixed      # 80 updates each (or what a row says), 3 seeds
     python -m expunge.benchmarks.language_tables matched    # each method stopped where forget probability reaches 0.05
+    python -m expunge.benchmarks.language_tables attacks    # what each attack brought back in the runs of `fixed`; reads them alone
     python -m expunge.benchmarks.language_tables muse       # MUSE on two embedded plays, one budget; written to muse.md
     python -m expunge.benchmarks.language_tables sam        # NPO with and without SAM, relearned; 5 seeds, sign test
     python -m expunge.benchmarks.language_tables matched --only 'npo;wga' --seed 1 --run-only    # a share of the work, for one process
@@ -30,6 +31,7 @@ from expunge.benchmarks.nano import nano_tofu
 from expunge.benchmarks.tables import heading
 from expunge.benchmarks.tofu import NANO_SETTINGS
 from expunge.benchmarks.trained import cache_home
+from expunge.errors import BadData
 from expunge.files import write_atomic
 from expunge.methods import find
 from expunge.methods.outcome import unlearn
@@ -115,7 +117,7 @@ def settings(label: str) -> tuple[str, dict[str, Any]]:
 
 def one(label: str, seed: int, auditor: Auditor, folder: Path, level: float | None = None) -> Results:
     """One row of one seed, from its folder where it is kept."""
-    kept = folder / label.replace(", ", "-").replace(" ", "-") / f"seed{seed}.json"
+    kept = folder / _folder(label) / f"seed{seed}.json"
     if kept.exists():
         return Results.load(kept)
     name, chosen = settings(label)
@@ -160,6 +162,40 @@ def table(kind: str, seeds: Sequence[int], labels: Sequence[str], folder: Path) 
             found.append(one(label, seed, auditor, folder / kind, LEVEL if kind == "matched" else None))
             print(f"{kind} seed {seed} {label}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return Comparison.of(found, command=f"python -m expunge.benchmarks.language_tables {kind}")
+
+
+def attacked(folder: Path = FOLDER / "fixed", labels: Sequence[str] = tuple(FIXED)) -> str:
+    """Mean forget score after each attack in the kept runs of `fixed`, the claimed intention and what was measured."""
+    files = [f for label in labels for f in sorted((folder / _folder(label)).glob("seed*.json"))]
+    if not files:
+        raise BadData(
+            f"expected runs in {folder}, found none; make them: python -m expunge.benchmarks.language_tables fixed"
+        )
+    found = Comparison.of(files)
+    keys = {key[0]: key for key in found.keys() if key[1] == "forget_score"}  # noqa: SIM118
+    shown = [name for name in ATTACKS if name in keys]
+    lines = ["| model | " + " | ".join(name.replace("_", " ") for name in shown) + " | claims | verdict |"]
+    lines.append("|---" * (len(shown) + 3) + "|")
+    for subject in ("original", "retrained"):
+        values = found.shared(subject)
+        lines.append("| " + " | ".join([subject, *(_cell(values.get(keys[name])) for name in shown), "", ""]) + " |")
+    for row in found.rows():
+        cells = [_cell(row.values.get(keys[name], {}).get("unlearned")) for name in shown]
+        verdicts = [f"{word} {n}/{len(row.runs)}" if n < len(row.runs) else word for word, n in row.verdicts.items()]
+        claim = find(row.runs[0].method.name).intention  # as the registry has it, whatever it was when the run was made
+        lines.append("| " + " | ".join([row.label, *cells, claim, ", ".join(verdicts)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(summary: Any) -> str:
+    if summary is None:
+        return ""
+    half = "" if summary.high is None else f" ±{summary.high - summary.mean:.3f}"
+    return f"{summary.mean:.3f}{half}"
+
+
+def _folder(label: str) -> str:
+    return label.replace(", ", "-").replace(" ", "-")
 
 
 def rows_of(kind: str) -> list[str]:
@@ -224,6 +260,8 @@ NOTES = {
     "muse": "Two of Shakespeare's plays (60 windows of 64 tokens to forget, 240 to keep, every second forget window held out), the "
     "embedded model; one budget as in language.md's `fixed`. Questions are clozes (the model answers no few-shot prompt), so KnowMem is "
     "the F1 of a passage's next 8 tokens. Aims: VerbMem and KnowMem f at retrained's, PrivLeak at 0, KnowMem r high.",
+    "attacks": "Mean probability of the forgotten answers after each attack, in the runs of `fixed`: an epoch on kept rows, six updates on "
+    "six forgotten rows, rounding to 8 and 4 bits, the best layer's logit lens, other wordings of the prompt. Verdict: of the whole audit.",
     "sam": "Relearning on 12 forget rows (AdamW 1e-4, batches of 4, 24 updates), scored on the other 48.",
 }
 
@@ -233,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(prog="python -m expunge.benchmarks.language_tables", description=__doc__)
-    parser.add_argument("kind", choices=("fixed", "matched", "muse", "sam"))
+    parser.add_argument("kind", choices=("fixed", "attacks", "matched", "muse", "sam"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, help="this seed alone")
     parser.add_argument("--only", default="", help="labels with semicolons between; default: all")
@@ -244,6 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.kind == "sam":
         body, said = sam()
         note = f"{note} {said}"
+    elif chosen.kind == "attacks":
+        body = attacked()
     else:
         labels = [x.strip() for x in chosen.only.split(";") if x.strip()] or rows_of(chosen.kind)
         seeds = range(chosen.seeds) if chosen.seed is None else [chosen.seed]

@@ -13,7 +13,7 @@ from expunge.cli import show
 from expunge.errors import BadSetting, nearest
 
 Rows = tuple[list[str], list[list[str]]]
-LONG = ("kinds", "paper", "source", "version", "intention", "guarantee", "unit")
+LONG = ("kinds", "paper", "source", "version", "needs of a method", "unit")
 """Columns that a terminal has no room for; `--markdown` and a row's own page have them."""
 
 
@@ -41,11 +41,16 @@ def listing(what: str, name: str | None = None, kind: str | None = None, markdow
 def _methods(kind: str | None) -> Rows:
     from expunge.methods import methods
 
-    columns = ["method", "family", "intention", "guarantee", "needs", "kinds", "paper", "in a sentence"]
+    columns = [
+        "method", "family", "intention", "mechanism", "guarantee", "needs of a method", "kinds", "paper", "in a sentence"
+    ]  # fmt: skip
     rows = [
-        [m.name, m.family, m.intention, m.guarantee, ", ".join(m.needs) or "-", ", ".join(m.kinds), m.paper, m.summary]
+        [
+            m.name, m.family, m.intention, m.mechanism, m.guarantee, ", ".join(m.needs) or "-", ", ".join(m.kinds), m.paper,
+            m.summary,
+        ]
         for m in methods(kind=kind).values()
-    ]
+    ]  # fmt: skip
     return columns, rows
 
 

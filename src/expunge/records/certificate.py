@@ -33,7 +33,7 @@ from expunge.errors import BadData, BadSetting, VerificationFailed
 from expunge.files import digest_bytes, digest_file, digest_weights, write_atomic
 from expunge.records import keys
 from expunge.records.canonical import canonical, digest, digest_ids, plain
-from expunge.records.limits import limits
+from expunge.records.limits import limits_of
 from expunge.records.results import Results
 
 SCHEMA = "expunge.certificate/1"
@@ -92,7 +92,7 @@ def certify(
         "gold": gold,
         "seeds": results.seeds.model_dump(),
         "issued": datetime.now(UTC).isoformat(timespec="seconds"),
-        "does_not_prove": limits(results.method.guarantee, results.method.intention),
+        "does_not_prove": limits_of(results),
     }
     private = keys.private_key(key)
     public = private.public_key()

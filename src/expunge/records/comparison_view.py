@@ -7,7 +7,7 @@ from typing import Any
 
 from expunge.records import plots
 from expunge.records.comparison import Comparison, Key, MethodRow, Summary, t_summary
-from expunge.records.limits import limits
+from expunge.records.limits import limits_of
 from expunge.records.results import Curve, Measurement, Results
 from expunge.records.svg import brief, show
 from expunge.records.views import (
@@ -28,7 +28,6 @@ def comparison_view(comparison: Comparison) -> dict[str, Any]:
     rows, first = comparison.rows(), comparison.results[0]
     colours = {row.label: plots.OTHERS[i % len(plots.OTHERS)] for i, row in enumerate(rows)}
     seeds = max(len(row.runs) for row in rows)
-    guarantees = dict.fromkeys((run.method.guarantee, run.method.intention) for run in comparison.results)
     return {
         "title": f"{len(rows)} method{'s' if len(rows) != 1 else ''} on {first.case.name}",
         "comparison": comparison,
@@ -44,7 +43,7 @@ def comparison_view(comparison: Comparison) -> dict[str, Any]:
         "histograms": _histograms(rows),
         "rocs": _rocs(rows, colours),
         "subjects": [(name, plots.COLOURS[name], plots.DASHES[name]) for name in plots.COLOURS],
-        "limits": list(dict.fromkeys(line for pair in guarantees for line in limits(*pair))),
+        "limits": list(dict.fromkeys(line for run in comparison.results for line in limits_of(run))),
         "facts": facts(first),
         "warnings": [
             (row.label, text) for row in rows for text in dict.fromkeys(w for r in row.runs for w in r.warnings)

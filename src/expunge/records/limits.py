@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expunge.records.results import Results
+
 _ALWAYS = (
     (
         "It says nothing about other models: copies, fine-tuned children, distilled students, or a pretrained backbone "
@@ -44,6 +49,16 @@ _EXACT = (
 )
 
 _SUPPRESSION = "The method hides behaviour rather than removing knowledge: the knowledge may still be in the weights."
+
+
+def limits_of(results: Results) -> list[str]:
+    """Those of one run: a method that claims removal is told as suppression where the audit has seen nothing more."""
+    verdict, intention = results.verdict, results.method.intention
+    if verdict is not None:
+        observed = verdict.numbers.get("observed_intention", {}).get("observed")
+        if verdict.verdict == "suppressed" or observed == "suppression":
+            intention = "suppression"
+    return limits(results.method.guarantee, intention)
 
 
 def limits(guarantee: str, intention: str = "removal") -> list[str]:

@@ -19,7 +19,7 @@ from expunge.files import write_atomic
 from expunge.records import plots
 from expunge.records.comparison import Comparison
 from expunge.records.comparison_view import comparison_view
-from expunge.records.limits import limits
+from expunge.records.limits import limits_of
 from expunge.records.results import Measurement, Results
 from expunge.records.svg import brief, show
 from expunge.records.views import (
@@ -132,7 +132,7 @@ def run_view(run: Results) -> dict[str, Any]:
         "per_class": plots.per_class(run.plots.per_class),
         "curves": plots.training_curves(run),
         "subjects": [(name, plots.COLOURS[name], plots.DASHES[name]) for name in plots.COLOURS],
-        "limits": limits(run.method.guarantee, run.method.intention),
+        "limits": limits_of(run),
         "facts": facts(run),
     }
 

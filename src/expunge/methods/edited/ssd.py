@@ -144,7 +144,7 @@ def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str,
 
 
 @method(
-    family="edited", needs=("labels",), intention="suppression", mechanism="dampening",
+    family="edited", needs=("labels",), intention="removal", mechanism="dampening",
     paper="Foster et al., AAAI 2024, 2308.07707",
 )  # fmt: skip
 def ssd(
@@ -156,7 +156,7 @@ def ssd(
 
 
 @method(
-    family="edited", intention="suppression", mechanism="dampening", paper="Foster et al., 2024, 2402.19308",
+    family="edited", intention="removal", mechanism="dampening", paper="Foster et al., 2024, 2402.19308",
 )  # fmt: skip
 def lfssd(
     alpha: Alpha = 10.0, lam: Lam = 1.0, batch_size: BatchSize = 64, order: Order = "shuffled",

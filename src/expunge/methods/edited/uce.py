@@ -71,7 +71,7 @@ def solved(
 
 
 @method(
-    family="edited", kinds=("diffusion",), intention="suppression", mechanism="closed-form edit",
+    family="edited", kinds=("diffusion",), intention="removal", mechanism="closed-form edit",
     paper="Gandikota et al., WACV 2024, 2308.14761",
 )  # fmt: skip
 def uce(

@@ -82,7 +82,7 @@ def negative_adaptation(
     )  # fmt: skip
 
 
-@method(family="tuned", needs=("retain",), kinds=("gan",), intention="suppression", mechanism="repulsion", paper=PAPER)
+@method(family="tuned", needs=("retain",), kinds=("gan",), intention="removal", mechanism="repulsion", paper=PAPER)
 def adapt_then_unlearn(
     case: Case,
     form: Annotated[

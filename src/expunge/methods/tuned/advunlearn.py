@@ -31,7 +31,7 @@ from expunge.tasks.sampling import Sampling
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=("diffusion",), intention="suppression", mechanism="negative guidance",
+    family="tuned", needs=("retain",), kinds=("diffusion",), intention="removal", mechanism="negative guidance",
     paper="Zhang et al., NeurIPS 2024, 2405.15234",
 )  # fmt: skip
 def advunlearn(

@@ -18,7 +18,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), kinds=FIXED_SIZE, intention="suppression", mechanism="relabel",
+    family="tuned", needs=("retain", "labels"), kinds=FIXED_SIZE, intention="removal", mechanism="relabel",
     paper="Graves et al., AAAI 2021, 2010.10981",
 )  # fmt: skip
 def amnesiac_relabel(lr: Lr = 1e-4, epochs: Epochs = 3, batch_size: BatchSize = 128) -> Plan:

@@ -22,7 +22,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain",), intention="suppression", mechanism="distillation",
+    family="tuned", needs=("retain",), intention="removal", mechanism="distillation",
     paper="Chundawat et al., AAAI 2023, 2205.08096",
 )  # fmt: skip
 def bad_teacher(

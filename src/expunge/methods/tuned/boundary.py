@@ -29,7 +29,7 @@ PAPER = "Chen et al., CVPR 2023, 2303.11570"
     family="tuned",
     needs=("labels",),
     kinds=("classification",),
-    intention="suppression",
+    intention="removal",
     mechanism="relabel",
     paper=PAPER,
 )
@@ -57,7 +57,7 @@ def boundary_shrink(
     family="tuned",
     needs=("labels",),
     kinds=("classification",),
-    intention="suppression",
+    intention="removal",
     mechanism="relabel",
     paper=PAPER,
 )

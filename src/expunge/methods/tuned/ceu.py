@@ -20,7 +20,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("labels",), intention="suppression", mechanism="ascent", paper="Yang, 2025, 2503.01224",
+    family="tuned", needs=("labels",), intention="removal", mechanism="ascent", paper="Yang, 2025, 2503.01224",
 )  # fmt: skip
 @finetuning()
 def ceu(

@@ -35,7 +35,7 @@ from expunge.parts.scopes import component
 
 
 @method(
-    family="tuned", kinds=("diffusion",), intention="suppression", mechanism="redirect",
+    family="tuned", kinds=("diffusion",), intention="removal", mechanism="redirect",
     paper="Kumari et al., ICCV 2023, 2303.13516",
 )  # fmt: skip
 def concept_ablation(

@@ -41,7 +41,7 @@ from expunge.tasks.sampling import Sampling
 
 
 @method(
-    family="tuned", kinds=("diffusion",), intention="suppression", mechanism="redirect",
+    family="tuned", kinds=("diffusion",), intention="removal", mechanism="redirect",
     paper="Wu et al., AAAI 2025, 2405.15304",
 )  # fmt: skip
 def doco(

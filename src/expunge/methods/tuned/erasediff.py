@@ -29,7 +29,7 @@ ERASEDIFF_SCOPES = {
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=("diffusion",), intention="suppression", mechanism="redirect",
+    family="tuned", needs=("retain",), kinds=("diffusion",), intention="removal", mechanism="redirect",
     paper="Wu et al., 2401.05779",
 )  # fmt: skip
 def erasediff(

@@ -30,7 +30,7 @@ Concept = Annotated[
 
 
 @method(
-    family="tuned", kinds=("diffusion",), intention="suppression", mechanism="negative guidance",
+    family="tuned", kinds=("diffusion",), intention="removal", mechanism="negative guidance",
     paper="Gandikota et al., ICCV 2023, 2303.07345",
 )  # fmt: skip
 def esd(

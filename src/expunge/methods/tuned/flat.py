@@ -22,7 +22,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("labels", "refusals"), intention="suppression", mechanism="preference",
+    family="tuned", needs=("labels", "refusals"), intention="removal", mechanism="preference",
     paper="Wang et al., ICLR 2025, 2410.11143",
 )  # fmt: skip
 @finetuning(epochs=5)

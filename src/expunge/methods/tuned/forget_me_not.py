@@ -23,7 +23,7 @@ from expunge.parts.scopes import component
 
 
 @method(
-    family="tuned", kinds=("diffusion",), intention="suppression", mechanism="attention re-steering",
+    family="tuned", kinds=("diffusion",), intention="removal", mechanism="attention re-steering",
     paper="Zhang et al., 2023, 2303.17591",
 )  # fmt: skip
 def forget_me_not(

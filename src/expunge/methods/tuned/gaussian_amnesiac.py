@@ -18,7 +18,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), kinds=("regression",), intention="suppression", mechanism="relabel",
+    family="tuned", needs=("retain", "labels"), kinds=("regression",), intention="removal", mechanism="relabel",
     paper="Tarun et al., ICML 2023, 2210.08196",
 )  # fmt: skip
 def gaussian_amnesiac(

@@ -33,9 +33,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 from expunge.parts.stops import forget_reaches_holdout
 
 
-@method(
-    family="tuned", needs=("labels",), intention="suppression", mechanism="ascent", paper="Thudi et al., 2109.13398"
-)
+@method(family="tuned", needs=("labels",), intention="removal", mechanism="ascent", paper="Thudi et al., 2109.13398")
 def grad_ascent(
     lr: Lr = 1e-4,
     epochs: Epochs = 5,

@@ -22,7 +22,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="ascent",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="ascent",
     paper="Maini et al., COLM 2024, 2401.06121",
 )  # fmt: skip
 @finetuning()

@@ -49,7 +49,7 @@ PAPER = "Shen et al., ICLR 2024, 2404.00506"
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=FIXED_SIZE, intention="suppression", mechanism="representation", paper=PAPER
+    family="tuned", needs=("retain",), kinds=FIXED_SIZE, intention="removal", mechanism="representation", paper=PAPER
 )  # fmt: skip
 def laf(
     case: Case, layer: Layer = None, epochs: Epochs = 20, lr_unlearn: LrUnlearn = 5e-5, lr_align: LrAlign = 1e-4,
@@ -79,7 +79,7 @@ def laf(
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), kinds=FIXED_SIZE, intention="suppression", mechanism="representation", paper=PAPER
+    family="tuned", needs=("retain", "labels"), kinds=FIXED_SIZE, intention="removal", mechanism="representation", paper=PAPER
 )  # fmt: skip
 def laf_r(
     case: Case, layer: Layer = None, epochs: Epochs = 20, lr_unlearn: LrUnlearn = 5e-5, lr_align: LrAlign = 1e-4,

@@ -20,7 +20,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels", "refusals"), intention="suppression", mechanism="ascent",
+    family="tuned", needs=("retain", "labels", "refusals"), intention="removal", mechanism="ascent",
     paper="Yao et al., NeurIPS 2024, 2310.10683",
 )  # fmt: skip
 @finetuning()

@@ -20,7 +20,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="ascent",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="ascent",
     paper="Kurmanji et al., NeurIPS 2023, 2302.09880",
 )  # fmt: skip
 def neggrad_plus(

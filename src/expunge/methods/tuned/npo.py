@@ -35,7 +35,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="preference",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="preference",
     paper="Zhang et al., COLM 2024, 2404.05868",
 )  # fmt: skip
 def npo(

@@ -24,7 +24,7 @@ from expunge.parts.schedules import Multiplier
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="constraint",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="constraint",
     paper="Entesari et al., 2025, 2506.05314",
 )  # fmt: skip
 @finetuning()

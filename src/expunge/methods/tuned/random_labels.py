@@ -21,7 +21,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="relabel",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="relabel",
     paper="Golatkar et al., CVPR 2020, 1911.04933",
 )  # fmt: skip
 def random_labels(

@@ -28,7 +28,7 @@ Drop = Annotated[float, setting("probability with which a condition is dropped i
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=("diffusion",), intention="suppression", mechanism="redirect",
+    family="tuned", needs=("retain",), kinds=("diffusion",), intention="removal", mechanism="redirect",
     paper="Fan et al., ICLR 2024, 2310.12508",
 )  # fmt: skip
 def salun_generation(

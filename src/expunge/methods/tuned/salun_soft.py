@@ -24,7 +24,7 @@ from expunge.parts.proximal import soft_threshold
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="relabel",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="relabel",
     paper="Fan et al., ICLR 2024, 2310.12508",
 )  # fmt: skip
 def salun_soft(

@@ -21,7 +21,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="ascent",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="ascent",
     paper="Yang et al., ICML 2025, 2505.11953",
 )  # fmt: skip
 @finetuning(epochs=5)

@@ -28,7 +28,7 @@ from expunge.parts.scopes import component, redrawn, sensitive
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=("diffusion",), intention="suppression", mechanism="redraw",
+    family="tuned", needs=("retain",), kinds=("diffusion",), intention="removal", mechanism="redraw",
     paper="Wu and Harandi, ECCV 2024, 2401.06187",
 )  # fmt: skip
 def scissorhands(

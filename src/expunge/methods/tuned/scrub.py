@@ -26,7 +26,7 @@ from expunge.parts.schedules import Until
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="distillation",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="distillation",
     paper="Kurmanji et al., NeurIPS 2023, 2302.09880",
 )  # fmt: skip
 def scrub(

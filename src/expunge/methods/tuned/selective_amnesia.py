@@ -30,7 +30,7 @@ from expunge.tasks.sampling import Sampling
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=("diffusion",), intention="suppression", mechanism="relabel",
+    family="tuned", needs=("retain",), kinds=("diffusion",), intention="removal", mechanism="relabel",
     paper="Heng and Soh, NeurIPS 2023, 2305.10120",
 )  # fmt: skip
 def selective_amnesia(

@@ -26,7 +26,7 @@ from expunge.parts.scopes.one_step import as_one_step
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=("diffusion",), intention="suppression", mechanism="distillation",
+    family="tuned", needs=("retain",), kinds=("diffusion",), intention="removal", mechanism="distillation",
     paper="Chen et al., ICLR 2025, 2409.11219",
 )  # fmt: skip
 def sfd(

@@ -22,7 +22,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="preference",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="preference",
     paper="Fan et al., 2025, 2410.07163",
 )  # fmt: skip
 @finetuning()

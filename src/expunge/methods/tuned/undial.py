@@ -20,7 +20,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("labels",), intention="suppression", mechanism="distillation",
+    family="tuned", needs=("labels",), intention="removal", mechanism="distillation",
     paper="Dong et al., NAACL 2025, 2402.10052",
 )  # fmt: skip
 @finetuning(lr=1e-4)

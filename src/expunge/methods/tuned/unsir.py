@@ -24,7 +24,7 @@ from expunge.parts.plan import Optimizer, Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels", "class_request"), kinds=("classification",), intention="suppression",
+    family="tuned", needs=("retain", "labels", "class_request"), kinds=("classification",), intention="removal",
     mechanism="noise", paper="Tarun et al., TNNLS 2023, 2111.08947",
 )  # fmt: skip
 def unsir(

@@ -20,7 +20,7 @@ from expunge.parts.plan import Plan, Term
 
 
 @method(
-    family="tuned", needs=("retain", "labels"), intention="suppression", mechanism="ascent",
+    family="tuned", needs=("retain", "labels"), intention="removal", mechanism="ascent",
     paper="Wang et al., ICLR 2025, 2502.19301",
 )  # fmt: skip
 @finetuning(epochs=5)
