@@ -34,7 +34,9 @@ test: .venv/.installed ## lint, format, types, floors, tests
 test-shards: .venv/.installed ## FSDP2 on two processes (a quiet machine)
 	EXPUNGE_TEST_SHARDS=1 $(ONE_THREAD) $(RUN) -m pytest tests/engine/test_distribution.py
 
-bench: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## the foundation's tables; the others are below
+bench: bench-foundation bench-language bench-language-claims bench-membership bench-generation ## every table that needs no peer and no GPU (hours)
+bench-foundation: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## the foundation's
+bench-generation: bench-canvas bench-class-erasers bench-gan bench-generation-cost ## image generators'
 
 bench-overhead: .venv/.installed ## the loop over a bare loop of the same arithmetic
 	$(RUN) -m expunge.benchmarks.overhead
@@ -67,12 +69,16 @@ bench-language-gpu: .venv/.installed ## the language ratios on a GPU, after benc
 bench-gpu: .venv/.installed ## loop, memory, ensembles, bf16 and unlearning time on a CUDA device (EXPUNGE_DATA)
 	$(RUN) -m expunge.benchmarks.gpu
 	$(RUN) -m expunge.benchmarks.speed --device cuda --rows 20000 --trained 80 --skip lat smooth_npo ntk_forgetting prune_first
-bench-canvas: .venv/.installed ## UnlearnCanvas on the embedded text model: erasers, controls, three seeds
-	$(RUN) -m expunge bench canvas --targets red --seeds 3 --no-attacks --table benchmarks-results/canvas.md
+ATTACKED := esd,uce,concept_ablation,salun_generation,doco,erasediff,advunlearn,advunlearn:attack_steps=0,advunlearn:retain_w=0.0
+OTHERS := grad_ascent,fine_tune,spm,sld,sld:preset=max,seot,seot:start=0.2,negative_prompt,forget_me_not,scissorhands,selective_amnesia
+CANVAS := $(RUN) -m expunge bench canvas --targets red --seeds 3 --no-attacks --table benchmarks-results/canvas.md
+bench-canvas: .venv/.installed ## UnlearnCanvas on the embedded text model: erasers, prompt attacks, controls, three seeds
+	$(CANVAS) --methods $(ATTACKED) --prompt-attacks
+	$(CANVAS) --methods $(OTHERS)
 bench-class-erasers: .venv/.installed ## a digit out of the class-conditional toy: erasers and generic methods, two seeds
 	$(RUN) -m expunge.benchmarks.class_erasers
 bench-language: .venv/.installed ## every language method on the embedded model (EXPUNGE_DATA): one budget, one level, SAM
-	for table in fixed matched muse sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
+	for table in fixed attacks matched muse sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
 bench-language-claims: .venv/.installed ## what papers claim of language models, at the sizes at hand (EXPUNGE_DATA): SEUF, tracing, LAT, FLAT, SimNPO
 	$(RUN) -m expunge.benchmarks.language_claims
 bench-generation-cost: .venv/.installed ## sampling beside the pipeline, ESD beside its official code: make bench-generation-cost PEER=path/to/checkout
@@ -88,4 +94,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-shards bench bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-class-erasers bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
+.PHONY: help install demo test test-shards bench bench-foundation bench-generation bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-class-erasers bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean

@@ -8,18 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from expunge.audits.attacks import drawing
 from expunge.audits.attacks.budget import Budget, attacked
 from expunge.audits.attacks.drawing import NewSeeds, OtherWordings, RandomPrefix, asked, drawn, shortened, written
-from expunge.audits.attacks.unlearndiffatk import EmbeddingSearch, UnlearnDiffAtk, unlearn_diff_atk
+from expunge.audits.attacks.unlearndiffatk import EmbeddingSearch, Search, UnlearnDiffAtk, unlearn_diff_atk
 from expunge.audits.base import checks
 from expunge.audits.battery import find_attacks
 from expunge.audits.metrics.judges import to_uint8
 from expunge.audits.residue import Evidence, attacked_residue
 from expunge.audits.subjects import Subjects
 from expunge.errors import BadSetting, UnmetNeed
-from expunge.parts.prompts import denoising_errors, word_table
+from expunge.parts.prompts import denoising_errors, rows_added, word_table
 from expunge.tasks.denoiser import Denoiser
 from tiny_pipelines import class_case, text_case
 
@@ -187,7 +188,52 @@ def test_the_best_single_word_is_nearly_that_of_the_exhaustive_search(monkeypatc
     assert len(chosen) == 1 and float(errors[chosen[0]]) <= 1.05 * float(errors.min())
 
 
-def test_the_search_lowers_its_objective_on_the_weights_it_leaves_alone():
+@pytest.mark.parametrize("kind", ["class", "p4d"])
+def test_a_step_of_a_search_goes_downhill(kind, monkeypatch):
+    """Along what one step of Adam moved, the objective falls on the very draws that the step was taken on."""
+    case = class_case() if kind == "class" else text_case()
+    case = case.with_(exam=exam(case, ALL, "red"))
+    attack = {"class": UnlearnDiffAtk, "p4d": EmbeddingSearch}[kind](
+        prompts=2, timesteps=1, iterations=1, lr=1e-3, weight_decay=0.0
+    )
+    seen = []
+    real = Search._descend
+    monkeypatch.setattr(Search, "after", lambda *_: None)  # without the projection: the step alone
+    monkeypatch.setattr(UnlearnDiffAtk, "after", lambda *_: None)
+
+    def watched(self, model, about, variable, mover, seed, number, left, told, aim=None):
+        before = variable.detach().clone()
+        real(self, model, about, variable, mover, seed, number, left, told, aim)
+        seen.append((before, variable.detach() - before, aim))
+
+    monkeypatch.setattr(Search, "_descend", watched)
+    model, about = case.model, _first(asked(case, 2), 2)
+    left = torch.arange(2)
+    attack.proposer(model, case, about, 3)(0, left)
+    ((before, moved, aim),) = seen
+    times, noise = attack.times(model)[0], attack.noise(about, left, 1, 3, 0, 0)
+    wanted = None if aim is None else aim(about.latents, noise, times)
+
+    def objective(step: float) -> torch.Tensor:
+        if kind == "class":
+            table = drawing.class_table(model)
+            ids = len(table.weight) + left
+            with rows_added(table, (before + step * moved) @ table.weight[:10].detach()):
+                return denoising_errors(model, about.latents, noise, times, model.encode(ids), "l2", wanted)
+        table = word_table(model).weight.detach()[drawing.vocabulary(model)]
+        nearest = table[(F.normalize(before, dim=-1) @ F.normalize(table, dim=-1).T).argmax(-1)]
+        told = model.encode(shortened(model, about.condition, attack.tokens), nearest + step * moved)
+        return denoising_errors(model, about.latents, noise, times, told, "l2", wanted)
+
+    with torch.no_grad():
+        assert (
+            moved.abs().max() > 0
+            and (objective(1.0) < objective(0.0)).all()
+            and (objective(-1.0) > objective(0.0)).all()
+        )
+
+
+def test_the_search_leaves_the_weights_alone():
     case = forced(text(ALL))
     before = {n: p.detach().clone() for n, p in case.model.named_parameters()}
     for attack in (UnlearnDiffAtk(**SMALL), EmbeddingSearch(**SMALL)):

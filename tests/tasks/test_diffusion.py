@@ -254,6 +254,65 @@ def test_one_batch_draws_what_the_pipeline_draws_prompt_by_prompt():
         torch.testing.assert_close(image, theirs, rtol=0, atol=1e-4)
 
 
+def latent_model() -> Denoiser:
+    """The text pipeline with an autoencoder that halves 16 x 16 to 8 x 8 and scales as Stable Diffusion's does."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        autoencoder = AutoencoderKL(
+            in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(8, 8), norm_num_groups=4,
+            layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=0.18215, sample_size=16,
+        )  # fmt: skip
+    parts = {**shared("text").pipeline().components, "vae": autoencoder.eval()}
+    return Denoiser(type(shared("text").pipeline())(**parts, requires_safety_checker=False)).eval()
+
+
+def test_latents_are_scaled_on_the_way_in_and_out():
+    model = latent_model()
+    made = sample(model, model.conditions.of(PROMPTS[:2]), Sampling(4, 3.0), seeds=[5, 6])
+    assert made.images.shape[1:] == (3, 16, 16)
+    pipe = model.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    for prompt, seed, image in zip(PROMPTS, [5, 6], made.images, strict=False):
+        theirs = pipe(prompt, num_inference_steps=4, guidance_scale=3.0, output_type="pt",
+                      generator=torch.Generator().manual_seed(seed)).images[0] * 2 - 1  # fmt: skip
+        torch.testing.assert_close(image, theirs, rtol=0, atol=1e-4)
+    pictures_ = torch.rand((2, 3, 16, 16), generator=generator(0, "large")) * 2 - 1
+    with torch.no_grad():
+        own = pipe.vae.encode(pictures_).latent_dist.mean * 0.18215
+        torch.testing.assert_close(model.latents(pictures_), own)
+        torch.testing.assert_close(model.images(own), pipe.vae.decode(own / 0.18215).sample.clamp(-1, 1))
+
+
+def test_a_transformer_of_classes_is_a_denoiser_as_well():
+    """DiT, which learns its noise's variance beside the noise: it is sampled, and an eraser moves it."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=1, sample_size=8,
+            patch_size=2, num_embeds_ada_norm=10, norm_num_groups=1,
+        )  # fmt: skip
+    vae = latent_model().pipeline().vae
+    model = Denoiser(
+        DiTPipeline(network, vae, DDIMScheduler(clip_sample=False), id2label={i: str(i) for i in range(10)})
+    )
+    labels = torch.arange(4).repeat_interleave(2)
+    pictures_ = torch.rand((8, 3, 16, 16), generator=generator(0, "large")) * 2 - 1
+    case = Case(model, pictures(model, pictures_, labels=labels), requests.label(0), task="diffusion")
+    assert sample(model, model.conditions.of([1, 2]), Sampling(2, 2.0), seeds=[1, 2]).images.shape == (2, 3, 16, 16)
+    outcome = unlearn(case, "esd", scope="all", steps=1, sampling_steps=2, batch_size=2, lr=1e-3, floor=None)
+    moved = {
+        n.split(".")[0]
+        for n, p in outcome.model.named_parameters()
+        if not torch.equal(p, dict(model.named_parameters())[n])
+    }
+    assert moved == {"transformer"}
+
+
 def test_an_image_does_not_depend_on_its_batch_and_conventions_differ_by_one():
     model = shared("class")
     condition = torch.arange(5)
