@@ -89,6 +89,44 @@ def test_erasers_of_a_class_redirect_and_ascent_destroys():
     assert number(rows, "grad_ascent", "IRA") < 50 and number(rows, "fine_tune", "UA") == 0
 
 
+def test_a_search_of_words_beats_random_words_and_finds_nothing_in_the_retrained_model():
+    """unlearndiffatk.md, and testbed.md's table for UCE and ESD: prompts before, random words, the search."""
+    red = sections("canvas")["red"]
+    assert number(red, "retrained", "ASR") == number(red, "retrained", "random words") == 0
+    for name in ("esd", "uce"):
+        before, random, searched = (number(red, name, c) for c in ("ASR unattacked", "random words", "ASR"))
+        assert before <= random < searched
+    for name in ("salun_generation", "concept_ablation", "doco", "erasediff"):
+        assert number(red, name, "UA") > 95 and number(red, name, "ASR") < number(red, "uce", "ASR") / 2
+    assert number(red, "uce", "UA") - number(red, "uce", "UA, other words") > 20  # the second word is a route
+
+
+def test_what_is_trained_under_attack_is_brought_back_less_and_its_retain_term_keeps_the_rest():
+    """advunlearn.md: below ESD in the same scope, and that below ESD in cross-attention; IRA and CRA with the retain term above those
+    without."""
+    red = sections("canvas")["red"]
+    adversarial, plain, unkept = (
+        f"advunlearn (attack_steps={n}, retain_w={w})" for n, w in ((3, 0.3), (0, 0.3), (3, 0.0))
+    )
+    assert number(red, adversarial, "ASR") < number(red, plain, "ASR") <= number(red, "esd", "ASR")
+    assert all(number(red, adversarial, c) > number(red, unkept, c) + 20 for c in ("IRA", "CRA"))
+
+
+@pytest.mark.parametrize(
+    "name", ["esd", "uce", "concept_ablation", "salun_generation", "doco", "erasediff", "scissorhands"]
+)
+def test_an_eraser_of_a_style_removes_it_and_keeps_the_rest(name: str):
+    """unlearncanvas.md, baselines.md: UA >= 80, IRA and CRA within 15 of the original's, 50 above fine-tuning; controls fail."""
+    red = sections("canvas")["red"]
+    assert number(red, "original", "UA") <= 15 and number(red, name, "UA") >= max(
+        80, 50 + number(red, "fine_tune", "UA")
+    )
+    assert all(number(red, name, c) >= number(red, "original", c) - 15 for c in ("IRA", "CRA"))
+    three = lambda row: sum(number(red, row, c) for c in ("UA", "IRA", "CRA")) / 3  # noqa: E731
+    assert three(name) > max(three("random weights"), three("grad_ascent")) + 30
+    assert number(red, "doco", "UA") >= number(red, "concept_ablation", "UA") - 5
+
+
 def test_repulsion_keeps_digits_digits_where_extrapolation_does_not():
     """adapt-then-unlearn.md: at equal unlearning."""
     gan = sections("gan")["digits"]

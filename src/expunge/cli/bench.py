@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,12 @@ def bench(
 
 def _samples(folder: Path, case: Case, seed: int, count: int, show_forgotten: bool) -> Path:
     """Answers of the original and of every method's model of one seed, side by side."""
-    from expunge.cases.loading import load_model
+    from expunge.parts.guarded import load_saved
     from expunge.records.samples import write_samples
 
     models = {"original": case.model}
     for run in sorted(folder.glob(f"*/seed{seed}/model")):
-        models[run.parent.parent.name] = load_model(run)
+        models[run.parent.parent.name] = load_saved(run, copy.deepcopy(case.model))
     return write_samples(folder / "samples.html", case, models, count, show_forgotten=show_forgotten, seed=seed)
 
 

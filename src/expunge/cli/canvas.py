@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,13 @@ def run_sheets(folder: Path, auditor: Any, outcome: Any, forgotten: bool) -> Non
 def _sheets(folder: Path, pieces: Any, text: str, seed: int, samples: int, forgotten: bool) -> None:
     """Contact sheets of the original, of every method's model of one seed, and of the retrained one."""
     from expunge.benchmarks import canvas_sheets
-    from expunge.cases.loading import load_model
+    from expunge.parts.guarded import load_saved
 
     models = {"original": pieces.original(seed)}
     for run in sorted(folder.glob(f"*/seed{seed}/model")):
-        models[run.parent.parent.name] = load_model(run)
+        models[run.parent.parent.name] = load_saved(
+            run, copy.deepcopy(models["original"])
+        )  # a guard is put around the original
     gold = pieces.retrained(seed, text)
     if gold is not None:
         models["retrained"] = gold
