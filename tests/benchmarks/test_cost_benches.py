@@ -11,7 +11,7 @@ import torch
 
 from expunge.benchmarks import gpu, kill, measuring, memory, overhead, speed, ssd_official
 from expunge.benchmarks.testbed import shifted_or_mirrored
-from expunge.engine.execute import peak_memory_mb
+from expunge.engine.execute import forget_peak_memory, peak_memory_mb
 from expunge.parts.plan import Optimizer
 from expunge.tasks.base import Batch
 
@@ -80,6 +80,15 @@ def test_the_peak_of_a_process_does_not_begin_at_its_parents() -> None:
     held = torch.ones(2**27)  # 512 MiB here, none of it in the child
     idle = measuring.in_process("expunge.benchmarks.memory", "--worker", "idle", "--shapes", "2x64", "--rows", "100")
     assert held.numel() and 100 < idle["peak_mb"] < peak_memory_mb() - 200
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no mark to start anew")
+def test_a_later_run_does_not_inherit_an_earlier_ones_peak() -> None:
+    held = torch.ones(2**27)  # 512 MiB
+    before = peak_memory_mb()
+    del held
+    forget_peak_memory()
+    assert peak_memory_mb() < before - 400
 
 
 def test_every_method_of_a_memory_table_moves_by_the_same_optimizer() -> None:

@@ -16,6 +16,7 @@ from expunge.audits.profiles import run_profile
 from expunge.audits.subjects import Subjects
 from expunge.benchmarks import unlearncanvas
 from expunge.benchmarks.unlearncanvas import Bench, configured, in_sequence, mini, run, table
+from expunge.cli.canvas import _sheets
 from expunge.errors import BadData, BadSetting, JudgeBelowFloor
 from expunge.tasks.sampling import Sampling
 
@@ -116,6 +117,13 @@ def test_a_committed_table_is_of_every_kept_run_and_says_which_command_made_whic
     assert float(stored["uce"]) > 0 and stored["fine_tune"] == ""  # not measured is no zero
     with pytest.raises(BadData, match="run the bench first"):
         unlearncanvas.kept(tmp_path / "red", [1])
+
+
+def test_contact_sheets_show_guards_around_the_original(bench: Bench, tmp_path) -> None:
+    """A guard's folder holds no pipeline: the sheet of a run that served one, and of one that changed weights."""
+    run(["red"], ["negative_prompt", "uce"], [0], bench=bench, small=True, folder=tmp_path, checks=LITTLE)
+    _sheets(tmp_path / "red", bench, "red", 0, 1, True)
+    assert {file.name for file in (tmp_path / "red" / "pictures").iterdir()} == {"kept.png", "forgotten.png"}
 
 
 def test_one_object_in_one_style_needs_no_gold(bench: Bench, tmp_path) -> None:

@@ -54,6 +54,9 @@ def bench(
             )  # fmt: skip
             if table is not None:
                 sections[text] = unlearncanvas.section(folder / text.replace(" ", "-"), pieces, text, seeds)
+                write_atomic(
+                    table, table_file.write(heading(table.stem), sections)
+                )  # what follows may fail; hours of runs stay
             _sheets(folder / text.replace(" ", "-"), pieces, text, seeds[0], samples or 2, show_forgotten)
     for text in names:
         show.out().print(f"\n[bold]{text}[/]")
@@ -70,7 +73,6 @@ def bench(
         )
         show.out().print(f"report: {escape(str(page))}", soft_wrap=True)
     if table is not None and sections:
-        write_atomic(table, table_file.write(heading(table.stem), sections))
         show.out().print(f"table: {escape(str(table))}", soft_wrap=True)
 
 
@@ -105,9 +107,8 @@ def _sheets(folder: Path, pieces: Any, text: str, seed: int, samples: int, forgo
 
     models = {"original": pieces.original(seed)}
     for run in sorted(folder.glob(f"*/seed{seed}/model")):
-        models[run.parent.parent.name] = load_saved(
-            run, copy.deepcopy(models["original"])
-        )  # a guard is put around the original
+        base = copy.deepcopy(models["original"])  # a guard is put around it
+        models[run.parent.parent.name] = load_saved(run, base)
     gold = pieces.retrained(seed, text)
     if gold is not None:
         models["retrained"] = gold
