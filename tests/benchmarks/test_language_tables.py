@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from record_fixtures import measurement, results_dict
 
 from expunge.benchmarks.language_tables import attacked
 from expunge.errors import BadData
 from expunge.methods import find
 from expunge.records.results import Results
+from record_fixtures import measurement, results_dict
 
 
 def test_attacks_stand_beside_the_claim_of_today(tmp_path):
