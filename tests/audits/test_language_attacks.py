@@ -507,6 +507,11 @@ def test_observed_intention_is_printed_beside_the_declared():
     assert kept.observed == "suppression"  # a component to take off: suppression with certainty
     short = observed_intention(made, "removal", {})
     assert short.observed == "undetermined" and "not measured: relearning" in str(short)
+    untouched = Subjects(
+        made.case, second(), second(), made.model("retrained"), second(), seed=made.seed
+    )  # knew nothing of it
+    idle = observed_intention(untouched, "removal", measured(untouched, names))
+    assert idle.observed == "undetermined" and str(idle).endswith("not measured: what there was to forget")
 
 
 IDS = ("A2", "A3", "A4", "B1", "B3", "C2", "C5", "D1", "D4", "E5", "F1", "F5", "H3", "H6")
