@@ -25,7 +25,7 @@ demo: .venv/.installed ## two requests on real digits: table, runs/demo/report.h
 	$(RUN) -m expunge demo
 
 test: .venv/.installed ## lint, format, types, floors, tests
-	.venv/bin/ruff check .
+	.venv/bin/ruff check --no-cache .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports

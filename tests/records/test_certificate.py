@@ -9,7 +9,6 @@ import sys
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from record_fixtures import SECRET, results_dict
 
 from expunge.errors import BadData, BadModel, BadSetting, VerificationFailed
 from expunge.files import digest_weights
@@ -17,6 +16,7 @@ from expunge.records.certificate import certify, inspect_certificate, source_dig
 from expunge.records.keys import fingerprint, new_key, private_key
 from expunge.records.limits import limits, limits_of
 from expunge.records.results import Results
+from record_fixtures import SECRET, results_dict
 
 
 @pytest.fixture

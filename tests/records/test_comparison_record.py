@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from record_fixtures import results, results_dict
 
 from expunge.errors import BadData
 from expunge.records.comparison import Comparison, t_summary
 from expunge.records.results import Results
+from record_fixtures import results, results_dict
 
 
 def three_runs(values, method="salun"):

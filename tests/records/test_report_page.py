@@ -6,7 +6,6 @@ import math
 import re
 
 import pytest
-from record_fixtures import METHODS, SECRET, results, results_dict
 
 from expunge.records.comparison import Comparison
 from expunge.records.plots import Bubble, area_under, loss_histograms, trade_off, training_curves
@@ -14,6 +13,7 @@ from expunge.records.report import render, write_report
 from expunge.records.results import Curve, Results
 from expunge.records.svg import Chart, brief, grouped, show, ticks
 from expunge.records.views import grade
+from record_fixtures import METHODS, SECRET, results, results_dict
 
 
 @pytest.fixture(scope="module")

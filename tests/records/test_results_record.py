@@ -7,11 +7,11 @@ import math
 import os
 
 import pytest
-from record_fixtures import results, results_dict
 
 from expunge.errors import BadData, DiskFull
 from expunge.records.canonical import canonical, digest, digest_ids, plain
 from expunge.records.results import Results
+from record_fixtures import results, results_dict
 
 
 def test_what_is_saved_comes_back_with_the_same_digest(tmp_path):
