@@ -42,6 +42,10 @@ class JudgeBelowFloor(UnmetNeed):
     """A judge of generated images is wrong too often on held-out real ones, so no table is made with it."""
 
 
+class OriginalBelowFloor(UnmetNeed):
+    """The model before unlearning does not draw what it is asked, so a table of what was removed from it would say nothing."""
+
+
 class BadCheckpoint(ExpungeError):
     """A checkpoint is corrupt, truncated, or of another run."""
 

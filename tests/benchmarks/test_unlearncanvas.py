@@ -11,13 +11,15 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("torchmetrics")
 
-from expunge.audits.metrics.answer_set import image_seed
+from expunge.audits.metrics.answer_set import Cell, image_seed
+from expunge.audits.metrics.exam import Marks
 from expunge.audits.profiles import run_profile
 from expunge.audits.subjects import Subjects
 from expunge.benchmarks import unlearncanvas
+from expunge.benchmarks.canvas_judges import BASE, require_original
 from expunge.benchmarks.unlearncanvas import Bench, configured, in_sequence, mini, run, table
 from expunge.cli.canvas import _sheets
-from expunge.errors import BadData, BadSetting, JudgeBelowFloor
+from expunge.errors import BadData, BadSetting, JudgeBelowFloor, OriginalBelowFloor
 from expunge.tasks.sampling import Sampling
 
 LITTLE = ("generation_accuracy", "storage")
@@ -151,6 +153,60 @@ def test_the_checklist_compares_with_the_retrained_model(bench: Bench) -> None:
         == report["I1"].retrained
         == 100 * bench.exam({"style": "red"}).marks(gold).unlearned().mean()
     )
+
+
+def test_no_table_of_an_original_that_does_not_draw_what_it_is_asked(bench: Bench, tmp_path) -> None:
+    """The toy of ten training steps passes on purpose alone; its numbers are 1 - UA, IRA and CRA, and nothing has run before it fails."""
+    with pytest.raises(
+        OriginalBelowFloor, match=r"draws what it is asked.*found accuracy 0\..*needs 0\.85.*train it longer"
+    ):
+        run(["red"], ["uce"], [0], bench=replace(bench, base=None), small=True, folder=tmp_path, checks=LITTLE)
+    assert not list(tmp_path.iterdir())
+    exam, model = bench.exam({"style": "red"}), bench.original(0)
+    marks = exam.marks(model)
+    found = require_original(exam, model, 0.0)
+    assert found["red"] == 1 - marks.unlearned().mean()
+    assert found["style of the rest"] == marks.kept(marks.domains).mean()
+    assert found["object of the rest"] == marks.kept(marks.other_domains).mean()
+    least = min(found.values())
+    assert require_original(exam, model, least) == found
+    with pytest.raises(OriginalBelowFloor):
+        require_original(exam, model, least + 1e-6)
+    assert mini(True, cached=False, **TINY).base == 0 and mini(rows=20, cached=False).base is None
+
+
+class Said:
+    """An exam of one domain, whose marks are the answers it is made with, two of each class."""
+
+    target = {"digit": "0"}
+
+    def __init__(self, answers):
+        self.answers = np.array(answers)
+
+    def marks(self, _):
+        cells, names = tuple(Cell(c, {"digit": str(c)}) for c in range(3)), tuple("012")
+        sure = np.eye(3)[self.answers]
+        return Marks(
+            cells,
+            self.target,
+            np.repeat(range(3), 2),
+            np.tile((0, 1), 3),
+            {"digit": sure},
+            {"digit": names},
+            np.zeros(6, bool),
+        )
+
+
+def test_a_class_model_must_draw_every_class() -> None:
+    """Means hide a class that is never drawn: five of six answers are right, and one class only half the time."""
+    assert BASE["digit"] == 0.9 and require_original(Said([0, 0, 1, 1, 2, 2]), None) == {
+        "0": 1,
+        "1, the worst of the rest": 1,
+    }
+    with pytest.raises(OriginalBelowFloor, match=r"0\.500 on 2, the worst of the rest \(needs 0\.90\)"):
+        require_original(Said([0, 0, 1, 1, 2, 1]), None)
+    with pytest.raises(OriginalBelowFloor, match=r"0\.500 on 0 \(needs 0\.90\)"):
+        require_original(Said([0, 1, 1, 1, 2, 2]), None)
 
 
 # -- the public data set's layout --------------------------------------------------------------------------------------
