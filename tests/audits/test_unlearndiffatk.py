@@ -20,6 +20,7 @@ from expunge.audits.metrics.judges import to_uint8
 from expunge.audits.residue import Evidence, attacked_residue
 from expunge.audits.subjects import Subjects
 from expunge.errors import BadSetting, UnmetNeed
+from expunge.parts.guarded_diffusion import SafeGuidance, Safety, SoftEndTokens
 from expunge.parts.prompts import denoising_errors, rows_added, word_table
 from expunge.tasks.denoiser import Denoiser
 from tiny_pipelines import class_case, text_case
@@ -231,6 +232,26 @@ def test_a_step_of_a_search_goes_downhill(kind, monkeypatch):
             and (objective(1.0) < objective(0.0)).all()
             and (objective(-1.0) > objective(0.0)).all()
         )
+
+
+@pytest.mark.parametrize("guard", ["safe_guidance", "soft_end_tokens"])
+def test_a_guard_is_searched_through_what_it_says(guard):
+    """A guard is told apart by its `saved_as`, and what it is conditioned on is its base's: settings that change nothing give the
+    base's words, others do not."""
+    case = forced(text(ALL))
+
+    def words(strength: float) -> list[str]:
+        model = {
+            "safe_guidance": lambda: SafeGuidance(case.model, "red", Safety(0, strength, 1.0, 0.0, 0.0)),
+            "soft_end_tokens": lambda: SoftEndTokens(case.model, "red", alpha=strength, start=0.0),
+        }[guard]()
+        assert model.kind == "text" and model.saved_as == guard
+        return UnlearnDiffAtk(**SMALL | {"lr": 0.3}).proposer(model, case, asked(case, 3), 0)(0, torch.arange(3)).prompts
+
+    base = UnlearnDiffAtk(**SMALL | {"lr": 0.3}).proposer(case.model, case, asked(case, 3), 0)(0, torch.arange(3)).prompts
+    assert words(0.0) == base
+    if guard == "soft_end_tokens":  # it acts on what the network is told; the other one in guidance alone
+        assert words(3.0) != base
 
 
 def test_the_search_leaves_the_weights_alone():

@@ -83,7 +83,7 @@ class CombinedLogits(Guarded):
     blocks: how many of the base's blocks `other` has, where fewer.
     """
 
-    kind = "combined_logits"
+    saved_as = "combined_logits"
 
     def __init__(self, base: nn.Module, other: nn.Module, rule: Rule, blocks: int | None = None):
         super().__init__(base)

@@ -60,7 +60,7 @@ class ConceptAdapters(GuardedDenoiser):
     With a gate `encoded` has one row more than the base's, which holds the multipliers: (B, L + 1, d).
     """
 
-    kind = "concept_adapters"
+    saved_as = "concept_adapters"
 
     def __init__(
         self, base: nn.Module, concepts: Sequence[str], rank: int = 1, alpha: float = 1.0, seed: int = 0, gate: bool = True,

@@ -35,14 +35,15 @@ are not the guard's."""
 
 
 class Guarded(nn.Module):
-    """Base of guards. Subclasses have a `kind`, `about()` (plain JSON), `tensors()` and `rebuilt(base, about, tensors)`."""
+    """Base of guards. Subclasses have `saved_as`, `about()` (plain JSON), `tensors()` and `rebuilt(base, about, tensors)`."""
 
-    kind: ClassVar[str] = ""
-    kinds: ClassVar[dict[str, type[Guarded]]] = {}
+    saved_as: ClassVar[str] = ""
+    """Its name in guard.json; not `kind`, which of a diffusion model is what it is conditioned on."""
+    known: ClassVar[dict[str, type[Guarded]]] = {}
 
     def __init_subclass__(cls) -> None:
-        if cls.kind:
-            Guarded.kinds[cls.kind] = cls
+        if cls.saved_as:
+            Guarded.known[cls.saved_as] = cls
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -74,7 +75,7 @@ class Guarded(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         own = {k: v.detach().cpu().contiguous().clone() for k, v in self.tensors().items()}
-        about = {"format": FORMAT, "kind": self.kind, "base": digest_weights(self.base.state_dict()),
+        about = {"format": FORMAT, "kind": self.saved_as, "base": digest_weights(self.base.state_dict()),
                  "base_class": type(self.base).__name__, "about": self.about()}  # fmt: skip
         write_atomic(folder / "guard.safetensors", save(own, metadata={"format": "pt"}))
         write_atomic(folder / "guard.json", json.dumps(about, indent=2, sort_keys=True) + "\n")
@@ -117,9 +118,9 @@ def load_guard(folder: str | Path, base: nn.Module) -> Guarded:
             f"expected guard.json and guard.safetensors in {folder.name}, found them missing or damaged ({error}); "
             "run the method again"
         ) from error
-    if about.get("format") != FORMAT or about.get("kind") not in Guarded.kinds:
+    if about.get("format") != FORMAT or about.get("kind") not in Guarded.known:
         raise BadModel(
-            f"expected a guard of the format {FORMAT}, one of {', '.join(Guarded.kinds)}, found {about.get('format')}, "
+            f"expected a guard of the format {FORMAT}, one of {', '.join(Guarded.known)}, found {about.get('format')}, "
             f"{about.get('kind')}; load it with the version of expunge that wrote it"
         )
     if about["base"] != digest_weights(base.state_dict()):
@@ -127,7 +128,7 @@ def load_guard(folder: str | Path, base: nn.Module) -> Guarded:
             f"expected the base that the guard was made for ({about['base_class']}, weights {about['base'][:12]}), found other "
             f"weights ({digest_weights(base.state_dict())[:12]}); load the model that the guard was made from"
         )
-    return Guarded.kinds[about["kind"]].rebuilt(base, about["about"], own)
+    return Guarded.known[about["kind"]].rebuilt(base, about["about"], own)
 
 
 # -- second networks made from the base --------------------------------------------------------------------------------

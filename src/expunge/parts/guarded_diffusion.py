@@ -87,7 +87,7 @@ class ConceptGuidance(GuardedDenoiser):
 class NegativePrompt(ConceptGuidance):
     """o_S + w (o_p - o_S): a negative prompt. Without guidance (w = 1) it says what the base says."""
 
-    kind = "negative_prompt"
+    saved_as = "negative_prompt"
 
     def guided(
         self, noisy: Tensor, timestep: Tensor, encoded: Tensor, null: Tensor | None, scale: float, memory: dict[str, Any]
@@ -140,7 +140,7 @@ class SafeGuidance(ConceptGuidance):
     """o_0 + w (o_p - o_0 - gamma), see `Safety`. The differences that are compared with the threshold are of noise, whatever the
     network predicts. It acts at w = 1 as well, where the official pipeline has no guidance and does nothing."""
 
-    kind = "safe_guidance"
+    saved_as = "safe_guidance"
 
     def __init__(self, base: nn.Module, concept: str, safety: Safety):
         super().__init__(base, concept)
@@ -180,7 +180,7 @@ class SoftEndTokens(GuardedDenoiser):
     once `start` of the sampling is over. `encoded` is the prompt's own embeddings followed by the softened ones, (B, 2 L, d); outside
     of a sampling (a loss) timesteps stand for its steps."""
 
-    kind = "soft_end_tokens"
+    saved_as = "soft_end_tokens"
 
     def __init__(self, base: nn.Module, concept: str, alpha: float = 1.0, start: float = 0.2):
         super().__init__(base)
