@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from expunge.audits.attacks.budget import Attack
+from expunge.audits.attacks.drawing import DrawingAttack, asked
 from expunge.audits.metrics.answer_set import Cell
 from expunge.audits.metrics.exam import Exam
 from expunge.records.sheets import Sheet, write_sheet
+from expunge.seeds import derive
 
 PROMPTS = 6
 
@@ -50,3 +53,36 @@ def write(folder: Path, drawn: Sequence[Sheet]) -> list[Path]:
         write_sheet(folder / "pictures" / f"{name}.png", sheet)
         for name, sheet in zip(("kept", "forgotten"), drawn, strict=False)
     ]
+
+
+def write_attacked(folder: Path, auditor: Any, model: Any) -> list[Path]:
+    """The gallery of an audit's attacks on the unlearned model, of those that apply. attacked.png: the target's prompts after each attack
+    that changes weights. asked.png: for each prompt that is attacked by others, the image that ended each attack on it."""
+    case, exam, subjects, found = auditor.case, auditor.case.exam, auditor.subjects(model), []
+    changed: dict[str, Any] = {"unlearned": model}
+    asking: list[DrawingAttack] = []
+    for attack in auditor.attacks:
+        if attack.skipped(subjects) is not None:
+            continue
+        if isinstance(attack, DrawingAttack):
+            asking.append(attack)
+        elif type(attack).run is not Attack.run:  # a probe leaves no model behind
+            changed[attack.name] = attack.run(model, case, auditor.budget.of(attack.name), _seed(auditor, attack))
+    if len(changed) > 1:
+        sheet = sheets(exam, changed, samples=2, forgotten=True)[1]
+        found.append(write_sheet(folder / "pictures" / "attacked.png", sheet))
+    if asking:
+        rows = min(PROMPTS, *(len(asked(case, attack.prompts)) for attack in asking))
+        about, words = asked(case, asking[0].prompts), model.conditions
+        prompts = [words.text(words.content(row)) if model.kind == "text" else str(int(row)) for row in about.condition]
+        columns = {
+            a.name: a.attempts(model, case, _seed(auditor, a)).last[:rows, None] for a in asking
+        }  # the audit's own
+        found.append(
+            write_sheet(folder / "pictures" / "asked.png", Sheet("by prompts", tuple(prompts[:rows]), columns))
+        )
+    return found
+
+
+def _seed(auditor: Any, attack: Attack) -> int:
+    return derive(auditor.seed, "attack", attack.name)

@@ -78,10 +78,8 @@ def bench(
 
 def run_sheets(folder: Path, auditor: Any, outcome: Any, forgotten: bool) -> None:
     """pictures/kept.png of a run: original, unlearned, retrained under the same noise. forgotten: also what was to be forgotten, and
-    the same after each attack that changes weights."""
+    the same after each attack: attacked.png and asked.png."""
     from expunge.benchmarks import canvas_sheets
-    from expunge.records.sheets import write_sheet
-    from expunge.seeds import derive
 
     case, exam = outcome.case, outcome.case.exam
     if exam is None:
@@ -91,13 +89,7 @@ def run_sheets(folder: Path, auditor: Any, outcome: Any, forgotten: bool) -> Non
         models["retrained"] = auditor.gold.model
     canvas_sheets.write(folder, canvas_sheets.sheets(exam, models, forgotten=forgotten))
     if forgotten and auditor.gold.model is not None:
-        subjects, attacked = auditor.subjects(outcome.model), {"unlearned": outcome.model}
-        for attack in auditor.attacks:
-            if attack.skipped(subjects) is None:
-                seed = derive(auditor.seed, "attack", attack.name)
-                attacked[attack.name] = attack.run(outcome.model, case, auditor.budget.of(attack.name), seed)
-        sheet = canvas_sheets.sheets(exam, attacked, samples=2, forgotten=True)[1]
-        write_sheet(folder / "pictures" / "attacked.png", sheet)
+        canvas_sheets.write_attacked(folder, auditor, outcome.model)
 
 
 def _sheets(folder: Path, pieces: Any, text: str, seed: int, samples: int, forgotten: bool) -> None:

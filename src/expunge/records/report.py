@@ -37,7 +37,7 @@ from expunge.records.views import (
 
 TITLES = {
     "kept": "What must stay, under the same noise", "forgotten": "What was to be forgotten, under the same noise",
-    "attacked": "What was to be forgotten, after each attack",
+    "attacked": "What was to be forgotten, after each attack", "asked": "What was to be forgotten, by each attack's prompts",
 }  # fmt: skip
 
 
@@ -65,8 +65,13 @@ def pictures_beside(path: Path) -> list[dict[str, str]]:
             "title": TITLES.get(file.stem, file.stem),
             "uri": "data:image/png;base64," + b64encode(file.read_bytes()).decode(),
         }
-        for file in sorted((path.parent / "pictures").glob("*.png"), reverse=True)
+        for file in sorted((path.parent / "pictures").glob("*.png"), key=_place)
     ]
+
+
+def _place(file: Path) -> tuple[int, str]:
+    """Known pictures in the order of their titles, then others by name."""
+    return (list(TITLES).index(file.stem) if file.stem in TITLES else len(TITLES)), file.stem
 
 
 def render_study(

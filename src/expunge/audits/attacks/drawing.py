@@ -68,12 +68,14 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Attempts:
-    """before, won (N,) bool: unattacked, and by the attack. images (N,): drawn until then. prompts: what won, "" else."""
+    """before, won (N,) bool: unattacked, and by the attack. images (N,): drawn until then. prompts: what won, "" else. last
+    (N, C, H, W) uint8: the image that ended it; NaN is black."""
 
     before: np.ndarray
     won: np.ndarray
     images: np.ndarray
     prompts: tuple[str, ...]
+    last: Tensor
 
     @property
     def after(self) -> np.ndarray:
@@ -220,8 +222,9 @@ class DrawingAttack(Attack):
         return known[key]
 
     def _attempts(self, model: Any, case: Case, about: Asked, seed: int) -> Attempts:
-        before = drawn(model, case, about.condition, about.seeds)[1]
-        won, images, prompts = np.zeros(len(about), dtype=bool), np.ones(len(about), dtype=int), [""] * len(about)
+        last, before = drawn(model, case, about.condition, about.seeds)
+        last, won = last.clone(), np.zeros(len(about), dtype=bool)
+        images, prompts = np.ones(len(about), dtype=int), [""] * len(about)
         propose = None
         for number in range(self.allowed(model, case)):
             left = np.flatnonzero(~(before | won))
@@ -229,12 +232,12 @@ class DrawingAttack(Attack):
                 break
             propose = propose or self.proposer(model, case, about, seed)
             offer = propose(number, torch.from_numpy(left))
-            shows = drawn(model, case, offer.condition, offer.seeds, vectors=offer.vectors)[1]
+            last[left], shows = drawn(model, case, offer.condition, offer.seeds, vectors=offer.vectors)
             images[left] += 1
             won[left] = shows
             for place, text, yes in zip(left.tolist(), offer.prompts, shows, strict=True):
                 prompts[place] = text if yes else ""
-        return Attempts(before, won, images, tuple(prompts))
+        return Attempts(before, won, images, tuple(prompts), to_uint8(last.nan_to_num(-1)))
 
     def places(self, case: Case, budget: Budget, seed: int) -> np.ndarray | None:
         return asked(case, self.prompts).places
