@@ -152,7 +152,10 @@ def test_a_prompts_search_does_not_depend_on_the_others(monkeypatch):
         monkeypatch.setattr(
             drawing,
             "drawn",
-            lambda m, c, ids, seeds, vectors=None, out=out: (None, out.append(ids) or np.zeros(len(ids), bool)),
+            lambda m, c, ids, seeds, vectors=None, out=out: (
+                torch.zeros(len(ids), 3, 8, 8),
+                out.append(ids) or np.zeros(len(ids), bool),
+            ),
         )
         monkeypatch.setattr(drawing, "asked", lambda c, n, count=count: _first(asked(case, 10), count))
         UnlearnDiffAtk(**SMALL | {"prompts": count, "lr": 0.3}).attempts(case.model, case, 5)
@@ -246,9 +249,13 @@ def test_a_guard_is_searched_through_what_it_says(guard):
             "soft_end_tokens": lambda: SoftEndTokens(case.model, "red", alpha=strength, start=0.0),
         }[guard]()
         assert model.kind == "text" and model.saved_as == guard
-        return UnlearnDiffAtk(**SMALL | {"lr": 0.3}).proposer(model, case, asked(case, 3), 0)(0, torch.arange(3)).prompts
+        return (
+            UnlearnDiffAtk(**SMALL | {"lr": 0.3}).proposer(model, case, asked(case, 3), 0)(0, torch.arange(3)).prompts
+        )
 
-    base = UnlearnDiffAtk(**SMALL | {"lr": 0.3}).proposer(case.model, case, asked(case, 3), 0)(0, torch.arange(3)).prompts
+    base = (
+        UnlearnDiffAtk(**SMALL | {"lr": 0.3}).proposer(case.model, case, asked(case, 3), 0)(0, torch.arange(3)).prompts
+    )
     assert words(0.0) == base
     if guard == "soft_end_tokens":  # it acts on what the network is told; the other one in guidance alone
         assert words(3.0) != base
