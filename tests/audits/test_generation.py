@@ -122,6 +122,17 @@ def test_mush_is_neither_forgotten_nor_kept() -> None:
     assert rejected.yields() == {"rejected": 1.0}
 
 
+def test_what_is_seen_instead_is_one_name_that_is_not_the_target() -> None:
+    instead = {"a red one": "ink", "a red two": "ink", "a red three": "plain"}
+    found = marks(lambda domain, cell: instead.get(cell.asks) if domain == "style" else None)
+    name, hits = found.substitute()
+    held = [cell.asks for cell in found.cells if cell.holds(found.target)]
+    assert name == "ink" and len(hits) == 5 * len(held)
+    assert hits.mean() == pytest.approx(sum(instead.get(a) == "ink" for a in held) / len(held))
+    mush = Marks(**{**found.__dict__, "rejected": np.ones(len(found.cell), dtype=bool)})
+    assert mush.substitute()[1].mean() == 0 and marks().substitute()[0] == ""
+
+
 def test_order_of_images_changes_nothing() -> None:
     found = marks(lambda domain, cell: "ink" if domain == "style" and cell.asks == "a red one" else None)
     order = np.random.default_rng(0).permutation(len(found.cell))

@@ -255,14 +255,14 @@ def run(
             lambda seed, text=text: bench.case(text, seed), configured(bench, text, methods, small, toy), seeds, floor=None,
             gold=lambda seed, text=text: bench.retrained(seed, text) or "none",
             # another seed's gold is the noise floor, so that n seeds take n trainings of golds
-            second=lambda seed, text=text: bench.retrained(_next(seed, seeds), text),
+            second=lambda seed, text=text: bench.retrained(another(seed, seeds), text),
             checks=[*checks, *asked], attacks=attacks, workers=workers,
             folder=Path(folder) / text.replace(" ", "-"), command=command, report=report,
         )  # fmt: skip
     return found
 
 
-def _next(seed: int, seeds: Sequence[int]) -> int:
+def another(seed: int, seeds: Sequence[int]) -> int:
     """Another seed: the next of those given, or the next number."""
     own = list(seeds)
     return own[(own.index(seed) + 1) % len(own)] if len(own) > 1 else seed + 1
@@ -347,11 +347,13 @@ ATTACK = "unlearn_diff_atk"
 """The check whose measurements fill the columns of attacked prompts (Rob is 100 - ASR), where it was run."""
 
 
-def table(comparison: Comparison, random: Mapping[str, float] | None = None) -> str:
+def table(
+    comparison: Comparison, random: Mapping[str, float] | None = None, columns: Sequence[tuple[str, str, str]] = COLUMNS
+) -> str:
     """One target's table in markdown: means over seeds, ± half a 95% t-interval; random: the control's UA, IRA and CRA."""
     known = comparison.keys()
     keys = {key[:2]: key for key in reversed(known)}  # the first of a name: `rejected` is the forget split's
-    shown = [(title, keys[check, name]) for title, check, name in COLUMNS if (check, name) in keys]
+    shown = [(title, keys[check, name]) for title, check, name in columns if (check, name) in keys]
     head = ["model", *(title for title, _ in shown), "seconds", "peak MB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for subject in ("original", "retrained"):

@@ -142,6 +142,13 @@ class Marks:
             counts[name] = float(((self.says(domain) == index) & ~self.rejected)[asked].mean())
         return dict(sorted(((k, v) for k, v in counts.items() if v > 0), key=lambda item: -item[1]))
 
+    def substitute(self) -> tuple[str, np.ndarray]:
+        """The one other name that the target's cells yield most, and (m,) 1 where an answer shows it and is like a real image."""
+        domain, asked = self.domains[0], self.asked & self.plain
+        other = next((n for n in self.yields() if n not in ("rejected", self.target[domain])), "")
+        shown = self.says(domain) == self.names[domain].index(other) if other else np.zeros(len(asked), dtype=bool)
+        return other, (shown & ~self.rejected)[asked]
+
     def recalled(self) -> np.ndarray:
         """(m,) the verdict's forget score of every answer to the target's cells, in any words."""
         return (self.shows_target() & ~self.rejected)[self.asked].astype(np.float64)

@@ -97,7 +97,8 @@ def generation_accuracy(subjects: Subjects) -> list[Measurement]:
     **FACTS,
 )
 def generation_answers(subjects: Subjects) -> list[Measurement]:
-    """What the target's prompts yield: mean target probability, entropy of the judge, share that is like no real image."""
+    """What the target's prompts yield: mean target probability, entropy of the judge, share that shows the one other name which is
+    seen most, share that is like no real image."""
     asked: list[tuple[str, str, str, Callable[[Marks], np.ndarray]]] = [
         ("target_probability", "probability", "forget", lambda m: m.target_probability()[m.asked & m.plain]),
         ("entropy", "nats", "forget", lambda m: m.entropy()[m.asked & m.plain]),
@@ -111,6 +112,15 @@ def generation_answers(subjects: Subjects) -> list[Measurement]:
             generation_answers.measurement(
                 measured, name=name, unit=unit, split=split, note=_judged(subjects, f"the target's prompts now yield {told}"),
                 curves={s: {"names": list(y), "shares": list(y.values())} for s, y in yields.items()},
+            )
+        )  # fmt: skip
+    other = _share(subjects, lambda m: m.substitute()[1])
+    if other is not None:
+        name = marks_of(subjects, "unlearned").substitute()[0] or "nothing"
+        found.append(
+            generation_answers.measurement(
+                other, name="substitute", unit="%", range=(0.0, 100.0), split="forget",
+                note=f"share of the target's answers that show what is seen most instead; of the unlearned model: {name}",
             )
         )  # fmt: skip
     for split in ("forget", "retain"):
