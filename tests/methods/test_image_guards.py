@@ -456,6 +456,38 @@ def test_training_moves_adapters_alone_samples_once_a_step_and_survives_disk(mon
     assert kept < 0.35 * sum(p.numel() for p in case.model.unet.parameters())
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [2, 7])
+def test_training_of_adapters_resumes_to_the_same_tensors(after, monkeypatch, tmp_path):
+    """Killed in the first concept's adapter, or in the second's: the steps before are not made again."""
+    redirect = importlib.import_module("expunge.parts.objectives.redirect")
+    calls, partial, reports = [], redirect.partial, []
+    monkeypatch.setattr(redirect, "partial", lambda *given: calls.append(1) or partial(*given))
+    settings = {"concept": ("red | crimson", "striped"), "steps": 5, "batch_size": 4, "lr": 1e-2, "sampling_steps": 3}
+    whole = unlearn(text_case(), "spm", floor=None, **settings)
+    assert len(calls) == 10 and whole.record["updates"] == 10
+    assert {entry["phase"] for entry in whole.record["history"]} == {0, 1}
+
+    def kill(*_):
+        reports.append(1)
+        if len(reports) == after:
+            raise Killed
+
+    calls.clear()
+    with pytest.raises(Killed):
+        unlearn(text_case(), "spm", floor=None, run=tmp_path, checkpoint_steps=1, report=kill, **settings)
+    made = len(calls)
+    resumed = unlearn(text_case(), "spm", floor=None, run=tmp_path, checkpoint_steps=1, **settings)
+    assert made < 10 and len(calls) <= 11  # at most the step that was under way is made twice
+    ours, theirs = resumed.model.tensors(), whole.model.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert any(bool(v.any()) for k, v in ours.items() if ".up." in k)
+    assert resumed.record["history"] == whole.record["history"]
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["seot", "forget_me_not", "spm"])
 def test_models_without_cross_attention_are_refused_by_name(name):

@@ -254,6 +254,28 @@ def test_the_loss_is_reversed_and_counts_answer_tokens_only():
     assert torch.allclose(after, expected, atol=1e-6)
 
 
+def test_a_killed_assistant_goes_on_to_the_same_tensors(tmp_path):
+    case, reports, settings = language_case(llama(2)), [], {"epochs": 3, "batch_size": 2}
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        reports.append(1)
+        if len(reports) == 3:
+            raise Killed
+
+    whole = unlearn(case, "uld", floor=None, **settings)
+    assert whole.record["updates"] > 3
+    with pytest.raises(Killed):
+        unlearn(case, "uld", floor=None, run=tmp_path, checkpoint_steps=1, report=kill, **settings)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    resumed = unlearn(case, "uld", floor=None, run=tmp_path, report=lambda *_: reports.append(1), **settings)
+    assert len(reports) - 3 < whole.record["updates"]  # not from the start
+    ours, theirs = resumed.model.tensors(), whole.model.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
 def test_paraphrases_and_wrong_answers_come_from_a_probe():
     from expunge.cases.text import TextData
 
@@ -261,8 +283,8 @@ def test_paraphrases_and_wrong_answers_come_from_a_probe():
     case = language_case(llama(2), probes={"more": data})
     plain = unlearn(case, "uld", floor=None, epochs=1)
     more = unlearn(case, "uld", floor=None, epochs=1, paraphrases="more", wrong="more")
-    assert len([k for k in plain.record["notes"] if k.startswith("assistant")]) == 2
-    assert {k.split("[")[1] for k in more.record["notes"] if k.startswith("assistant")} == {
+    assert len(plain.record["history"][-1]["losses"]) == 2
+    assert {k.split("[")[1] for k in more.record["history"][-1]["losses"]} == {
         "forget]", "retain]", "paraphrases]", "wrong answers]"
     }  # fmt: skip
     with pytest.raises(BadData, match="probe"):

@@ -119,6 +119,11 @@ def execute(
                 action.apply(bench)
             _check_floor(bench, floor, trace)
         elif isinstance(action, Guard):
+            if action.train is not None:  # its networks; the floor asks for the model, which stays as it is
+                plan = action.train(bench)
+                trace = _run_plan(
+                    plan, bench, None, run, identity, checkpoint_seconds, checkpoint_steps, distribution, None
+                )
             bench.model = action.wrap(bench)
         elif isinstance(action, Exact):
             bench.model = action.forget(bench)

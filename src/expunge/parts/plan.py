@@ -270,10 +270,15 @@ class Edit:
 
 @dataclass(frozen=True)
 class Guard:
-    """An inference-time wrapper: `wrap(workbench) -> nn.Module` around untouched weights."""
+    """An inference-time wrapper: `wrap(workbench) -> nn.Module` around untouched weights.
+
+    train(workbench) -> the plan that trains the networks it is made of (`Auxiliary`), run before `wrap` as any plan is: with
+    metrics, and resumed after a kill.
+    """
 
     wrap: Callable[[Any], nn.Module]
     formula: str = ""
+    train: Callable[[Any], Plan] | None = None
 
     def __str__(self) -> str:
         return self.formula

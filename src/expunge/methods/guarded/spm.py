@@ -22,7 +22,6 @@ from torch import nn
 
 from expunge.cases.case import Case
 from expunge.cases.data import Split, TensorData
-from expunge.engine.loop import run_plan
 from expunge.methods.registry import method, setting
 from expunge.methods.tuned.common import BatchSize, Lr, Steps
 from expunge.parts.attention_maps import cross_attention
@@ -86,15 +85,15 @@ def spm(
             epochs=steps, batch_size=batch_size, epoch_of=on,
         )  # fmt: skip
 
+    def train(bench: Workbench) -> Plan:
+        bench.splits |= {split.name: split for split in splits.values()}
+        return Plan(phases=tuple(map(plan, concept)))
+
     def wrap(bench: Workbench) -> nn.Module:
         guard = ConceptAdapters(bench.model, concept, rank, alpha, strength=strength)
         for number, words in enumerate(concept):
-            bench.splits[splits[words].name] = splits[words]
-            trace = run_plan(plan(words), bench)
             trained = bench.networks[f"adapter of {words}"].adapters[0]  # type: ignore[index, union-attr]
             guard.adapters[number].load_state_dict(trained.state_dict())  # type: ignore[union-attr]
-            for label, value in trace.history[-1]["losses"].items():
-                bench.note(f"{words}: {label}", value)
         return guard
 
-    return Guard(wrap, f"W + m ({alpha:g}/{rank}) U D, m = max(cos, tokens), {plan(concept[0])}")
+    return Guard(wrap, f"W + m ({alpha:g}/{rank}) U D, m = max(cos, tokens), {plan(concept[0])}", train)

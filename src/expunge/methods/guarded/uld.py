@@ -23,7 +23,6 @@ from torch import nn
 
 from expunge.cases.case import Case
 from expunge.cases.data import Split
-from expunge.engine.loop import run_plan
 from expunge.errors import BadData
 from expunge.methods.registry import method, setting
 from expunge.methods.tuned.common import BatchSize, Epochs, Lr, Schedule, WeightDecay
@@ -105,15 +104,15 @@ def uld(
     }  # fmt: skip
     terms = [Term(fit(), "forget"), Term(from_uniform(), "retain", uniform, batch_size=retain_batch_size)]
 
-    def wrap(bench: Workbench) -> nn.Module:
+    def train(bench: Workbench) -> Plan:
         own = list(terms)
         if further_rows(bench, paraphrases, PARAPHRASE, "paraphrases"):
             own.append(Term(fit(), "paraphrases"))
         if further_rows(bench, wrong, WRONG, "wrong answers"):
             own.append(Term(from_uniform(), "wrong answers", uniform))
-        trace = run_plan(Plan(*own, **settings), bench)
-        for label, value in trace.history[-1]["losses"].items() if trace.history else ():
-            bench.note(f"assistant {label}", value)
+        return Plan(*own, **settings)
+
+    def wrap(bench: Workbench) -> nn.Module:
         return CombinedLogits(bench.model, bench.networks[ASSISTANT], rule, depth)
 
-    return Guard(wrap, f"{rule}, {Plan(*terms, **settings)}")
+    return Guard(wrap, f"{rule}, {Plan(*terms, **settings)}", train)
