@@ -137,6 +137,57 @@ def test_the_fake_score_learns_what_the_generator_draws_and_the_generator_learns
     assert torch.allclose(total, (said - e).square().flatten(1).sum(1).mean(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("where", ["model", "original", "fake_score"])
+def test_a_sample_that_is_not_finite_is_dropped_with_its_gradient_and_counted(where, bench):
+    """One class's embedding is NaN in one of the three networks: its rows count 0, and the others' mean over the whole batch is by hand."""
+    value = score_distance()
+    rows = bench.case.split("train")
+    batch = bench.task.prepare(bench.fill(rows.data.fetch(rows.ids[:12])), torch.Generator().manual_seed(1))
+    gone = batch["labels"] == batch["labels"][0]
+    assert 0 < int(gone.sum()) < 12
+    with torch.no_grad():
+        for p in bench.networks["fake_score"].unet.conv_out.parameters():
+            p += 0.1
+    teacher = bench.references.model("original")
+    networks = {"model": bench.model, "original": teacher, "fake_score": bench.networks["fake_score"]}
+    parameters = [p for n, p in bench.model.unet.named_parameters() if "class_embedding" not in n]
+
+    def step():
+        made = bench.step(batch, "train", value)
+        made.scratch["memory"] = value.prepare(bench, "train")
+        return made
+
+    z, t, e = value.draws(step())
+    z, t, e, labels = z[~gone], t[~gone], e[~gone], batch["labels"][~gone]
+    x = bench.model.draw(z, bench.model.encode(labels))
+    noisy = bench.model.noised(x, e, t)
+    f_phi, f_psi = (
+        networks[n].to_clean(noisy, t, networks[n](noisy, t, networks[n].encode(labels)))
+        for n in ("original", "fake_score")
+    )
+    wanted = torch.autograd.grad(score_loss(x, f_phi, f_psi, 1.2).sum() / 12, parameters)
+
+    kept = networks[where].unet.class_embedding.weight.detach().clone()
+    with torch.no_grad():
+        networks[where].unet.class_embedding.weight[batch["labels"][0]] = float("nan")
+    losses = value(step())
+    assert bool((losses[gone] == 0).all()) and bool((losses[~gone] != 0).all())
+    found = torch.autograd.grad(losses.mean(), parameters)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+    assert bench.notes["dropped"] == {f"{value} [train]": int(gone.sum())}
+    if where == "model":  # the fake score learns from the others alone
+        fake = FakeScore()
+        asked = bench.step(batch, "train", fake)
+        asked.model = bench.networks["fake_score"]
+        errors = fake(asked)
+        assert bool((errors[gone] == 0).all()) and bool((errors[~gone] > 0).all())
+    with torch.no_grad():
+        networks[where].unet.class_embedding.weight[:] = float("nan")
+    assert bool(value(step()).isnan().all())  # nothing is left: the loop ends the run at its last good state
+    with torch.no_grad():
+        networks[where].unet.class_embedding.weight.copy_(kept)
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 def test_no_image_is_read():
     case = class_case()
@@ -173,6 +224,25 @@ def test_the_floor_on_a_denoisers_utility_is_off_for_a_generator():
     outcome = unlearn(class_case(), "sfd", **FAST)  # an epoch ends within these steps, where the floor is looked at
     assert not outcome.record["restored"] and "off" in outcome.record["notes"]["floor"]
     assert not torch.equal(outcome.model.unet.conv_in.weight, class_case().model.unet.conv_in.weight)
+
+
+def test_a_run_counts_what_it_dropped(monkeypatch):
+    honest = OneStep.draw
+
+    def broken(self, noise, encoded):
+        drawn = honest(self, noise, encoded).clone()
+        if len(noise) == FAST["batch_size"]:
+            drawn[0] = float("nan")
+        return drawn
+
+    clean = unlearn(class_case(), "sfd", floor=None, **FAST).record
+    assert clean["notes"]["dropped"] == {}
+    monkeypatch.setattr(OneStep, "draw", broken)
+    outcome = unlearn(class_case(), "sfd", floor=None, **FAST)
+    dropped = outcome.record["notes"]["dropped"]
+    assert dropped["error on G(z) [retain]"] > 0 and any(name.startswith("score(") for name in dropped)
+    assert outcome.record["ended"] == clean["ended"] and not outcome.record["restored"]
+    assert all(bool(v.isfinite().all()) for v in outcome.model.state_dict().values())
 
 
 def test_gradients_are_cut_by_value():

@@ -7,14 +7,16 @@ to denoise what G draws. With clean predictions f at x_t,
     G:    (f_phi - f_psi) . ( (f_phi - x) - alpha (f_phi - f_psi) ) / omega      omega = mean |f_phi - x|, a number
 
 both summed over an image's values. Gradients of the second reach G through x in both networks' inputs (their weights hold still).
+A sample that is not finite is dropped from its loss and counted.
 f_phi may be asked another condition than f_psi: then what G draws for c is pulled to what the teacher draws for that one.
 SiD: Zhou et al., 2404.04057; across conditions: Score Forgetting Distillation, 2409.11219.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,20 +38,34 @@ class Scored(Objective):
     sigmas: tuple[float, float] = (0.137, 13.1)
     guidance: float = 1.0
 
-    def drawn(self, step: Step) -> Tensor:
-        """x (B, C, H, W): what the generator draws for the batch's conditions, from noise of this step."""
-        generator: Any = step.networks["model"]
-        task: Any = step.task
-        noise = torch.randn((len(step.batch), *generator.shape), generator=step.rng).to(generator.device)
-        return generator.draw(noise, generator.encode(task.condition(step.batch)))
+    def prepare(self, workbench: Any, split: str) -> dict[str, int]:
+        """How many samples were dropped, by term: in the run's notes."""
+        return workbench.notes.setdefault("dropped", {})
 
-    def noised(self, step: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, t, e)."""
-        model: Any = step.networks["model"]
-        low, high = timesteps_of(model, self.sigmas)
-        t = torch.randint(low, high + 1, (len(x),), generator=step.rng).to(x.device)
-        e = torch.randn(x.shape, generator=step.rng).to(x)
-        return model.noised(x, e, t), t, e
+    def draws(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, t, e) of the batch: what is drawn from, when and with which noise it is looked at."""
+        generator: Any = step.networks["model"]
+        shape, place = (len(step.batch), *generator.shape), generator.device
+        z = torch.randn(shape, generator=step.rng)
+        low, high = timesteps_of(generator, self.sigmas)
+        t = torch.randint(low, high + 1, shape[:1], generator=step.rng)
+        return z.to(place), t.to(place), torch.randn(shape, generator=step.rng).to(place)
+
+    def finite(self, step: Step, losses: Callable[[Tensor], Tensor]) -> PerExample:
+        """(B,) losses(rows), where samples that are not finite count 0: they are dropped and counted.
+
+        The others are asked once more without them, since what is NaN inside a network is so in its gradient even at weight 0.
+        """
+        rows = torch.arange(len(step.batch))
+        found = losses(rows)
+        kept = found.isfinite().cpu()
+        if bool(kept.all()) or not bool(kept.any()):  # none is left: the loop's own guard ends the run
+            return found
+        known = step.scratch.get("memory")
+        if known is not None:
+            name = f"{self} [{step.split}]"
+            known[name] = known.get(name, 0) + int((~kept).sum())
+        return torch.zeros_like(found).index_copy(0, rows[kept].to(found.device), losses(rows[kept]))
 
     def said(self, model: Any, noisy: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """A score network's output under guidance."""
@@ -62,12 +78,17 @@ class FakeScore(Scored):
     """The player's term: `step.model` is the fake score."""
 
     def __call__(self, step: Step) -> PerExample:
-        model, task = step.model, step.task
-        with torch.no_grad():
-            x = self.drawn(step)
-        noisy, t, e = self.noised(step, x)
-        output = self.said(model, noisy, t, task.condition(step.batch))  # type: ignore[attr-defined]
-        return (output - model.target(x, e, t)).square().flatten(1).sum(1)  # type: ignore[operator]
+        model, generator = cast(Any, step.model), cast(Any, step.networks["model"])
+        own = cast(Any, step.task).condition(step.batch)
+        z, t, e = self.draws(step)
+
+        def losses(rows: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = generator.draw(z[rows], generator.encode(own[rows]))
+            output = self.said(model, generator.noised(x, e[rows], t[rows]), t[rows], own[rows])
+            return (output - model.target(x, e[rows], t[rows])).square().flatten(1).sum(1)
+
+        return self.finite(step, losses)
 
     def __str__(self) -> str:
         return "error on G(z)"
@@ -82,15 +103,20 @@ class ScoreDistance(Scored):
     reads = (("original", "features"),)
 
     def __call__(self, step: Step) -> PerExample:
-        task: Any = step.task
-        teacher, fake = step.references.model("original"), step.networks[FAKE]
-        own = task.condition(step.batch).to(fake.device)
-        other = own if self.rule is None else fake.conditions.replaced(own, self.rule)  # type: ignore[union-attr, operator]
-        x = self.drawn(step)
-        noisy, t, _ = self.noised(step, x)
-        f_phi = teacher.to_clean(noisy, t, self.said(teacher, noisy, t, other))  # type: ignore[operator]
-        f_psi = fake.to_clean(noisy, t, self.said(fake, noisy, t, own))  # type: ignore[operator]
-        return score_loss(x, f_phi, f_psi, self.alpha)
+        teacher, fake = cast(Any, step.references.model("original")), cast(Any, step.networks[FAKE])
+        generator = cast(Any, step.networks["model"])
+        own = cast(Any, step.task).condition(step.batch).to(fake.device)
+        other = own if self.rule is None else fake.conditions.replaced(own, self.rule)
+        z, t, e = self.draws(step)
+
+        def losses(rows: Tensor) -> Tensor:
+            x = generator.draw(z[rows], generator.encode(own[rows]))
+            noisy, at = generator.noised(x, e[rows], t[rows]), t[rows]
+            f_phi = teacher.to_clean(noisy, at, self.said(teacher, noisy, at, other[rows]))
+            f_psi = fake.to_clean(noisy, at, self.said(fake, noisy, at, own[rows]))
+            return score_loss(x, f_phi, f_psi, self.alpha)
+
+        return self.finite(step, losses)
 
     def __str__(self) -> str:
         return f"score(original{'' if self.rule is None else f'({self.rule})'}‖G, α={self.alpha:g})"
