@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,8 +39,10 @@ def test_claims_are_counted_seed_by_seed():
         gan.EQUAL: row(85, 60, 50),
     }
     bad = {**good, EL2: row(59, 70, 41, True)}
+    strict = {**bad, f"{EL2}, strict": row(90, 70, 41)}
+    assert gan.claims({0: bad, 1: strict})["PUL(el2, strict) >= 80"] == [False, True]
     found = gan.claims({0: good, 1: bad})
-    assert list(found.values()) == [[True, False]] * 5
+    assert list(found.values()) == [[True, False]] * 6
     table = gan.markdown({0: good, 1: bad})
     line = next(line for line in table.splitlines() if line.startswith(f"| {EL2}"))
     assert "| 72 ± " in line and line.endswith("| 1 of 2 |")
@@ -54,6 +58,15 @@ def test_a_modulated_convolution_equals_weights_of_each_example_s_own():
         weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
         by_hand = torch.nn.functional.conv2d(x[i : i + 1], weight, layer.bias, padding=1)
         assert torch.allclose(got[i], by_hand[0], atol=1e-5)
+
+
+def test_the_limit_of_a_filter_is_what_it_lets_pass():
+    """Ten samples, four of them sevens to the scoring judge, of which the filter lets one pass among six positives."""
+    labels = torch.tensor([7, 7, 7, 1, 2, 3, 4, 5, 6, 7])  # the last negative is no seven to the scoring judge
+    seen = np.array([7, 7, 7, 7, 2, 3, 4, 5, 6, 9])
+    data = SimpleNamespace(columns={"inputs": torch.zeros(10, 1), "labels": labels})
+    exam = SimpleNamespace(classes=lambda _: seen, target=7)
+    assert gan.limit(SimpleNamespace(data=data), exam) == pytest.approx(100 * (1 - (1 / 6) / (4 / 10)))
 
 
 def test_walking_is_linear_and_keeps_the_ends():
