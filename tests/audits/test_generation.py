@@ -21,7 +21,7 @@ from expunge.audits.metrics.judges import Judge, to_uint8
 from expunge.audits.subjects import Subjects
 from expunge.benchmarks.canvas import digit_images
 from expunge.benchmarks.canvas_judges import digit_judges
-from expunge.errors import BadSetting, JudgeBelowFloor
+from expunge.errors import BadModel, BadSetting, JudgeBelowFloor
 from expunge.tasks.conditions import ClassConditions
 from expunge.tasks.sampling import Sampling
 
@@ -406,6 +406,25 @@ def test_clip_score_is_a_hundred_cosines(real) -> None:
     cosines = torch.nn.functional.cosine_similarity(seen, said)
     expected = max(100 * float(cosines.mean()), 0)
     assert images.clip_score(pictures, prompts, lambda: (model, processor)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_clip_folder_of_a_pickle_is_refused_and_not_run(tmp_path, real) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=small | {"vocab_size": 50}, vision_config=small | {"image_size": 8, "patch_size": 4}
+    )
+    config.architectures = ["CLIPModel"]
+    config.save_pretrained(tmp_path)
+
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    torch.save({"logit_scale": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadModel, match="a pickle is never read"):
+        images.clip_score(real[:2].expand(-1, 3, -1, -1), ["a", "b"], tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 # -- the verdict rests on what is drawn --------------------------------------------------------------------------------

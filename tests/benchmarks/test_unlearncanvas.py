@@ -161,6 +161,8 @@ def test_no_table_of_an_original_that_does_not_draw_what_it_is_asked(bench: Benc
         OriginalBelowFloor, match=r"draws what it is asked.*found accuracy 0\..*needs 0\.85.*train it longer"
     ):
         run(["red"], ["uce"], [0], bench=replace(bench, base=None), small=True, folder=tmp_path, checks=LITTLE)
+    with pytest.raises(JudgeBelowFloor, match="style judge with at least"):  # nor with judges that err
+        run(["red"], ["uce"], [0], bench=replace(bench, floor=1.01), small=True, folder=tmp_path, checks=LITTLE)
     assert not list(tmp_path.iterdir())
     exam, model = bench.exam({"style": "red"}), bench.original(0)
     marks = exam.marks(model)

@@ -283,7 +283,7 @@ def test_resumes_to_the_same_tensors(name, tmp_path):
     kind = next(iter(ROWS[name]))
     case, _ = subject(name, kind)
     action = find(name).configure(**ROWS[name][kind]).action(case)
-    if not isinstance(action, Plan):
+    if not isinstance(action, Plan) and getattr(action, "train", None) is None:
         pytest.skip("one-shot edits start again")
     calls = []
     total = result(name, kind).record["updates"]

@@ -366,6 +366,10 @@ def test_a_table_of_the_model_s_own_images():
     data = imagined(model, PROMPTS[:2], count=3, sampling=Sampling(2, 2.0), style=[0, 1])
     assert len(data) == 6 and data.column("style").tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(data.column("input_ids")[3], model.conditions.of(PROMPTS[1])[0])
+    broken = denoiser("text")
+    broken.guided = lambda noisy, *_: torch.full_like(noisy, float("nan"))
+    with pytest.raises(BadData, match="found NaN in all 2"):
+        imagined(broken, PROMPTS[:1], count=2, sampling=Sampling(2, 2.0))
 
 
 def test_a_plain_module_is_refused_with_the_way_to_wrap_it():
@@ -430,12 +434,30 @@ def test_cross_attention_is_refused_where_there_is_none():
         )
 
 
-def test_a_pickle_in_a_pipeline_is_never_read(tmp_path):
-    pipeline("class").save_pretrained(tmp_path)
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+@pytest.mark.parametrize("name", [
+    "unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.bin",
+])  # fmt: skip
+def test_a_pickle_in_a_pipeline_is_never_read(name, tmp_path):
+    pipeline("text").save_pretrained(tmp_path / "pipe")
+    pickled = tmp_path / "pipe" / name
+    (file,) = pickled.parent.glob("*.safetensors")
+
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    torch.save({"weight": Bomb()}, pickled)
+    load_model(tmp_path / "pipe")  # whole weights are beside it
+    file.unlink()
     with pytest.raises(BadModel, match="a pickle, which is never read"):
-        load_model(tmp_path)
+        load_model(tmp_path / "pipe")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_eraser_that_needs_the_null_class_says_so_where_there_is_none():
+    case = class_case(Denoiser(pipeline("class"), null=None))
+    with pytest.raises(UnmetNeed, match=r"a model with a null class.*load it with null=id"):
+        unlearn(case, "esd", floor=None, scope="all", steps=1, batch_size=2, sampling_steps=2)
 
 
 def test_a_pipeline_that_cannot_be_served_is_refused_by_name(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.errors import BadData, need_extra
+from expunge.errors import BadData, BadModel, need_extra
 from expunge.seeds import generator
 
 NEIGHBOURS = 3
@@ -143,7 +143,13 @@ def _opened(found: Any) -> Tensor:
 
 def _clip(folder: Any) -> tuple[Any, Any]:
     transformers = need_extra("transformers", "generation")
-    return (
-        transformers.CLIPModel.from_pretrained(folder, local_files_only=True),
-        transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True),
-    )
+    try:
+        return (
+            transformers.CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True),
+            transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True),
+        )
+    except (OSError, ValueError) as error:
+        raise BadModel(
+            f"expected a CLIP model's folder with config.json, *.safetensors and its processor, found none that can be read "
+            f"({str(error).splitlines()[0]}); save model and processor with save_pretrained(folder); a pickle is never read"
+        ) from error
