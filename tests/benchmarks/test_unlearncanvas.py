@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from expunge.audits.metrics.answer_set import Cell, image_seed
 from expunge.audits.metrics.exam import Marks
 from expunge.audits.profiles import run_profile
 from expunge.audits.subjects import Subjects
-from expunge.benchmarks import unlearncanvas
+from expunge.benchmarks import canvas_sequence, table_file, unlearncanvas
 from expunge.benchmarks.canvas_judges import BASE, require_original
-from expunge.benchmarks.unlearncanvas import Bench, configured, in_sequence, mini, run, table
+from expunge.benchmarks.unlearncanvas import Bench, configured, mini, run, table
 from expunge.cli.canvas import _sheets
 from expunge.errors import BadData, BadSetting, JudgeBelowFloor, OriginalBelowFloor
+from expunge.methods.outcome import unlearn
 from expunge.tasks.sampling import Sampling
 
 LITTLE = ("generation_accuracy", "storage")
@@ -27,8 +29,9 @@ TINY = {"rows": 20, "steps": 10, "channels": (8, 16)}
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return replace(mini(True, cached=False, **TINY), sampling=Sampling(3, 2.0), answer_seeds=(0,))
+def bench(tmp_path_factory) -> Bench:
+    made = mini(True, cached=False, **TINY)
+    return replace(made, sampling=Sampling(3, 2.0), answer_seeds=(0,), cache=tmp_path_factory.mktemp("answers"))
 
 
 def test_targets_in_words(bench: Bench) -> None:
@@ -136,11 +139,71 @@ def test_one_object_in_one_style_needs_no_gold(bench: Bench, tmp_path) -> None:
     assert "no retrained model" in found.results[0].verdict.reason
 
 
-def test_requests_one_after_another(bench: Bench) -> None:
-    rows = in_sequence(bench, ["red", "three"], "uce", small=True)
-    assert [row["removed"] for row in rows] == ["red", "three"]
-    assert rows[0]["rebound"] == 0 and rows[1]["rebound"] == rows[0]["ua red"] - rows[1]["ua red"]
-    assert "ua three" in rows[1] and "ua three" not in rows[0]
+def test_requests_one_after_another(bench: Bench, tmp_path) -> None:
+    """Two requests by hand: the second is served on the first's model, on rows without the first's; then as a kept run in a table."""
+    targets, first = ["red", "three"], bench.case("red")
+    ((_, told),) = configured(bench, "red", ["uce"], True)
+    one = unlearn(first, "uce", seed=0, floor=None, **told).model
+    ((_, told),) = configured(bench, "three", ["uce"], True)
+    two = unlearn(bench.case("three", 0, one, ["red"]), "uce", seed=0, floor=None, **told).model
+    said = canvas_sequence.serve(bench, targets, [("uce", {})], [0], tmp_path, small=True, command="a sequence")
+    (rows,) = said.values()
+    assert [row["removed"] for row in rows] == ["", "red", "three"]
+    for row, model, gone in zip(rows, (bench.original(0), one, two), (targets, targets[:1], targets), strict=True):
+        assert {name for name in row if name.startswith("UA")} == {f"UA {text}" for text in gone}
+        for text in gone:
+            wanted = bench.exam(bench.target(text)).marks(model).unlearned().mean()
+            assert row[f"UA {text}"] == 100 * wanted
+        # slow: image by image, over the cells that show no target so far, in their first words
+        marks, right = bench.exam(bench.target(gone[-1])).marks(model), {"style": [], "object": []}
+        for place, cell in enumerate(marks.cells):
+            if cell.wording or any(cell.holds(bench.target(text)) for text in gone):
+                continue
+            for i in np.flatnonzero(marks.cell == place):
+                for domain, hits in right.items():
+                    hits.append(marks.names[domain][marks.probabilities[domain][i].argmax()] == cell.shows[domain])
+        own, other = ("style", "object") if gone[-1] == "red" else ("object", "style")
+        assert row["IRA"] == pytest.approx(100 * np.mean(right[own])) and len(right[own]) == 30 - 3 * (len(gone) > 1)
+        assert row["CRA"] == pytest.approx(100 * np.mean(right[other]))
+        assert row["SR"] == pytest.approx(100 * np.mean(np.logical_and(*right.values())))
+    assert rows[1]["rebound"] == 0 and rows[2]["rebound"] == rows[1]["UA red"] - rows[2]["UA red"]
+
+    (title,) = made = canvas_sequence.sections(tmp_path, bench, [0])
+    assert title == "red, then three" and made[title].made == {"`a sequence`": "uce"}
+    assert list(made[title].rows) == ["original, seed 0", "uce, seed 0, 1. red", "uce, seed 0, 2. three"]
+    head = [cell.strip() for cell in made[title].head[0].split("|")]
+    assert head[1:7] == ["model", "UA red", "UA three", "IRA", "CRA", "SR"]
+    cells = [cell.strip() for cell in made[title].rows["uce, seed 0, 1. red"].split("|")]
+    assert cells[head.index("UA three")] == "" and float(cells[head.index("UA red")]) == pytest.approx(
+        rows[1]["UA red"], rel=1e-2
+    )
+    assert not canvas_sequence.sections(tmp_path, bench, [1])
+    with pytest.raises(BadSetting, match="two targets or more"):
+        canvas_sequence.serve(bench, ["red"], [("uce", {})], [0], tmp_path)
+
+
+def test_a_table_has_the_kept_sequences_of_this_and_earlier_commands(bench: Bench, tmp_path, monkeypatch) -> None:
+    from expunge.cli import canvas
+
+    monkeypatch.setattr(unlearncanvas, "mini", lambda small: bench)
+    monkeypatch.setattr(canvas, "_sheets", lambda *_: None)
+    monkeypatch.setattr(unlearncanvas, "run", partial(unlearncanvas.run, checks=LITTLE))
+    given = {
+        "small": True, "model": None, "retrained": None, "second": None, "data": None, "judges": None, "attacks": False, "prompts": False,
+        "samples": 0, "show_forgotten": False, "workers": 1, "table": tmp_path / "table.md",
+    }  # fmt: skip
+    canvas.bench("uce", [0], tmp_path / "runs", targets="red,three", sequence=True, **given)
+    canvas.bench("uce", [0], tmp_path / "runs", targets="red", sequence=False, **given)
+    found = table_file.read((tmp_path / "table.md").read_text("utf-8"))
+    assert list(found) == ["red", "red, then three"]
+    (command,) = found["red, then three"].made
+    assert (
+        command == "`expunge bench canvas --targets red,three --methods uce --seeds 1 --small --no-attacks --sequence`"
+    )
+    assert list(found["red, then three"].rows)[-1] == "uce, seed 0, 2. three"
+    with pytest.raises(BadSetting, match="two targets or more"):
+        canvas.bench("uce", [0], tmp_path / "other", targets="red", sequence=True, **given)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_checklist_compares_with_the_retrained_model(bench: Bench) -> None:

@@ -10,8 +10,7 @@ nor captions), controls that must fail (gradient ascent, fine-tuning, random wei
 whose prompt names the target count for UA alone. Each image has a seed of its own, made from its prompt and the set's seed.
 
 A target of both kinds is one object in one style: FU is its UA, FR the accuracy of its neighbours (the same object in other styles,
-the same style with other objects) and of the rest. `in_sequence` serves requests one after another on one model (SU and SR, with
-the rebound of earlier targets).
+the same style with other objects) and of the rest. Requests one after another on one model: `canvas_sequence`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch import Tensor
 from expunge.audits.base import checks as known_checks
 from expunge.audits.battery import find_attacks
 from expunge.audits.metrics.answer_set import Cell
-from expunge.audits.metrics.exam import Exam, Marks
+from expunge.audits.metrics.exam import Exam
 from expunge.audits.metrics.judges import Judge, to_uint8
 from expunge.benchmarks import canvas_settings
 from expunge.benchmarks.canvas import STYLES, Canvas, mini_canvas
@@ -266,38 +265,6 @@ def another(seed: int, seeds: Sequence[int]) -> int:
     """Another seed: the next of those given, or the next number."""
     own = list(seeds)
     return own[(own.index(seed) + 1) % len(own)] if len(own) > 1 else seed + 1
-
-
-# -- beyond one target -------------------------------------------------------------------------------------------------
-def in_sequence(
-    bench: Bench, targets: Sequence[str], method: MethodSpec, seed: int = 0, small: bool = False, toy: bool = True
-) -> list[dict[str, Any]]:
-    """SU and SR: targets removed one after another from the same model. One row per request: UA of every target so far (in %),
-    the mean accuracy of what is left, and the rebound (how far the first target's UA fell since its own request)."""
-    from expunge.methods.outcome import unlearn
-
-    model, rows, state = bench.original(seed), [], None
-    for number, text in enumerate(targets):
-        case = bench.case(text, seed, model, targets[:number])
-        (name, settings), = configured(bench, text, [method], small, toy)  # fmt: skip
-        outcome = unlearn(case, name, seed=seed, floor=None, state=state, **settings)
-        model, state = outcome.model, outcome.state or None
-        row: dict[str, Any] = {"request": number + 1, "removed": text}
-        for earlier in targets[: number + 1]:
-            row[f"ua {earlier}"] = 100 * float(bench.exam(bench.target(earlier)).marks(model).unlearned().mean())
-        row["retain"] = 100 * _left(bench, targets[: number + 1], model)
-        first = f"ua {targets[0]}"
-        row["rebound"] = 0.0 if not rows else rows[0][first] - row[first]
-        rows.append(row)
-    return rows
-
-
-def _left(bench: Bench, gone: Sequence[str], model: Denoiser) -> float:
-    """Mean accuracy (every judge right) over the cells that hold none of the targets."""
-    held = [bench.target(text) for text in gone]
-    marks: Marks = bench.exam(held[0]).marks(model)
-    free = marks._of_cells([c.wording == 0 and not any(c.holds(t) for t in held) for c in marks.cells])
-    return float(marks.all_right()[free].mean()) if free.any() else float("nan")
 
 
 def control(bench: Bench, text: str, seed: int = 0) -> dict[str, float]:

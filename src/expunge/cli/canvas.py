@@ -21,7 +21,7 @@ def bench(
     show_forgotten: bool, workers: int, table: Path | None,
 ) -> None:  # fmt: skip
     """Run it, print a table for each target, write contact sheets and the report."""
-    from expunge.benchmarks import table_file, unlearncanvas
+    from expunge.benchmarks import canvas_sequence, table_file, unlearncanvas
     from expunge.benchmarks.tables import heading
     from expunge.records.report import write_study
 
@@ -29,6 +29,8 @@ def bench(
     names = [text.strip() for text in targets.split(",") if text.strip()]
     if not names:
         raise BadSetting("expected at least one target, found none; write --targets red,three")
+    if sequence:
+        canvas_sequence.several(names)
     told = ["expunge bench canvas", f"--targets {targets!r}" if " " in targets else f"--targets {targets}"]
     told += [
         f"--methods {methods or unlearncanvas.METHODS}",
@@ -36,6 +38,7 @@ def bench(
     ]
     told += ["--small"] if small else []
     told += ["--attacks"] if attacks else ["--no-attacks", *(["--prompt-attacks"] if prompts else [])]
+    told += ["--sequence"] if sequence else []
     command, toy = " ".join(told), model is None
     if model is None:
         pieces = unlearncanvas.mini(small)
@@ -45,6 +48,7 @@ def bench(
         pieces = from_folders(model, data, judges, retrained, second)
     sections: dict[str, Any] = {}
     found: dict[str, Any] = {}
+    served: dict[str, Any] = {}
     began = time.perf_counter()
     with show.Report() as report:
         for text in names:
@@ -58,15 +62,21 @@ def bench(
                     table, table_file.write(heading(table.stem), sections)
                 )  # what follows may fail; hours of runs stay
             _sheets(folder / text.replace(" ", "-"), pieces, text, seeds[0], samples or 2, show_forgotten)
+        if sequence:
+            served = canvas_sequence.serve(
+                pieces, names, chosen, seeds, folder, small=small, toy=toy, command=command, report=report
+            )
+    if table is not None:
+        sections |= canvas_sequence.sections(folder, pieces, seeds)
+        write_atomic(table, table_file.write(heading(table.stem), sections))
     for text in names:
         show.out().print(f"\n[bold]{text}[/]")
         show.out().print(
             escape(unlearncanvas.table(found[text], unlearncanvas.control(pieces, text, seeds[0]))), soft_wrap=True
         )
-    if sequence and len(names) > 1:
-        for spec in chosen:
-            show.out().print(f"\n[bold]{spec[0]}[/]: {', '.join(names)} one after another")
-            _rows(unlearncanvas.in_sequence(pieces, names, spec, seeds[0], small, toy))
+    for name, rows in served.items():
+        show.out().print(f"\n[bold]{escape(name)}[/]: {', '.join(names)} one after another")
+        _rows(rows)
     if found:
         page = write_study(
             folder / "report.html", found, "UnlearnCanvas", f"{len(found)} targets, {time.perf_counter() - began:.0f} s"
