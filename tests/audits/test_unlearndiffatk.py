@@ -22,6 +22,7 @@ from expunge.audits.subjects import Subjects
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.parts.guarded_diffusion import SafeGuidance, Safety, SoftEndTokens
 from expunge.parts.prompts import denoising_errors, rows_added, word_table
+from expunge.seeds import derive
 from expunge.tasks.denoiser import Denoiser
 from tiny_pipelines import class_case, text_case
 
@@ -362,6 +363,29 @@ def test_the_check_tells_pre_and_post_and_controls_and_feeds_the_verdict():
     assert {"random_prefix", "new_seeds", "p4d"} <= set(checks("diffusion", attack=True))
     scores = UnlearnDiffAtk(**SMALL).scores(other, case, Budget(), 0)
     assert scores.shape == (3,) and set(scores) <= {0.0, 1.0}
+
+
+def test_p4d_stands_beside_it_with_the_same_words_steps_and_images():
+    case = text(ALL)
+    asked(case, 3)
+    bright = lambda images: images.flatten(1).double().mean(1).numpy()  # noqa: E731
+    level = np.quantile(bright(asked(case, 10).latents), 0.5)
+    case.exam.judges[0].probabilities.sees = lambda images: bright(images) > level
+    other = text_case().model
+    with torch.no_grad():
+        other.unet.conv_out.bias += 0.05
+    settings = SMALL | {"tokens": 1, "lr": 0.5, "together": 2}
+    found = {m.name: m for m in unlearn_diff_atk(
+        Subjects(case, case.model, other, other, other), attack=UnlearnDiffAtk(**settings), controls=False, p4d=True
+    )}  # fmt: skip
+    assert list(found) == ["pre_asr", "post_asr", "p4d_asr"]
+    same = EmbeddingSearch(**settings)
+    by_hand = same.attempts(other, case, derive(0, "attack", "p4d"))
+    assert (
+        found["p4d_asr"].unlearned == 100 * by_hand.after.mean()
+        and found["pre_asr"].unlearned == 100 * by_hand.before.mean()
+    )
+    assert found["p4d_asr"].note == "2 images for each prompt" and "2 images" in found["post_asr"].note
 
 
 def test_the_verdict_compares_attacked_prompts_with_the_same_answers_unattacked():

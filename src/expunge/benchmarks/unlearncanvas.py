@@ -228,7 +228,8 @@ def run(
     folder: str | Path = "runs/canvas",
     attacks: bool | Sequence[str] = False,
     prompts: bool = False,
-    checks: Sequence[str] = CHECKS,
+    p4d: bool = False,
+    checks: Sequence[Any] = CHECKS,
     workers: int = 1,
     command: str = "",
     report: Callable[[str, int, int], None] | None = None,
@@ -238,13 +239,13 @@ def run(
     draw what it is asked is refused before anything runs (OriginalBelowFloor; `Bench.base`).
 
     attacks: the battery and UnlearnDiffAtk, and with them verdicts; or names of the battery. prompts: UnlearnDiffAtk alone, with
-    its controls. toy: budgets of the embedded model's size.
+    its controls; p4d: the same with P4D beside it. toy: budgets of the embedded model's size.
     """
     bench = bench or mini(small)
     battery = () if attacks is False else find_attacks(None if attacks is True else attacks, "diffusion")
-    asked = [
+    asked: list[Any] = [
         *(a.name for a in battery if a.name in known_checks("diffusion")),
-        *([ATTACK] if prompts or attacks is True else []),
+        *([{"name": ATTACK, "p4d": True}] if p4d else [ATTACK] if prompts or attacks is True else []),
     ]
     found: dict[str, Comparison] = {}
     for text in targets:
@@ -307,6 +308,7 @@ COLUMNS = (
     ("worst", "generation_accuracy", "worst_retained"), ("leak", "generation_accuracy", "leak"),
     ("rejected", "generation_answers", "rejected"), ("FID", "image_distance", "fid"), ("KID", "image_distance", "kid"),
     ("storage MB", "storage", "storage"), ("ASR unattacked", "unlearn_diff_atk", "pre_asr"), ("ASR", "unlearn_diff_atk", "post_asr"),
+    ("P4D", "unlearn_diff_atk", "p4d_asr"),
     ("random words", "unlearn_diff_atk", "random_prefix_asr"), ("new seeds", "unlearn_diff_atk", "new_seeds_asr"),
     ("other wordings", "unlearn_diff_atk", "other_wordings_asr"),
 )  # fmt: skip

@@ -17,8 +17,8 @@ from expunge.files import write_atomic
 
 def bench(
     methods: str, seeds: list[int], folder: Path, *, targets: str, small: bool, sequence: bool, model: str | None,
-    retrained: str | None, second: str | None, data: Path | None, judges: Path | None, attacks: bool, prompts: bool, samples: int,
-    show_forgotten: bool, workers: int, table: Path | None,
+    retrained: str | None, second: str | None, data: Path | None, judges: Path | None, attacks: bool, prompts: bool, p4d: bool,
+    samples: int, show_forgotten: bool, workers: int, table: Path | None,
 ) -> None:  # fmt: skip
     """Run it, print a table for each target, write contact sheets and the report."""
     from expunge.benchmarks import canvas_sequence, table_file, unlearncanvas
@@ -38,6 +38,7 @@ def bench(
     ]
     told += ["--small"] if small else []
     told += ["--attacks"] if attacks else ["--no-attacks", *(["--prompt-attacks"] if prompts else [])]
+    told += ["--p4d"] if p4d else []
     told += ["--sequence"] if sequence else []
     command, toy = " ".join(told), model is None
     if model is None:
@@ -53,7 +54,7 @@ def bench(
     with show.Report() as report:
         for text in names:
             found |= unlearncanvas.run(
-                [text], chosen, seeds, bench=pieces, small=small, folder=folder, attacks=attacks, prompts=prompts, workers=workers,
+                [text], chosen, seeds, bench=pieces, small=small, folder=folder, attacks=attacks, prompts=prompts, p4d=p4d, workers=workers,
                 command=command, report=report, toy=toy,
             )  # fmt: skip
             if table is not None:

@@ -231,6 +231,7 @@ def bench(
     prompt_attacks: Annotated[
         bool, typer.Option("--prompt-attacks", help="canvas: UnlearnDiffAtk and its controls without the battery")
     ] = False,
+    p4d: Annotated[bool, typer.Option("--p4d", help="canvas: P4D beside UnlearnDiffAtk, at as many images")] = False,
     table: Annotated[
         Path | None,
         typer.Option(help="canvas: file to write a table to, of every run of these seeds kept in the folder"),
@@ -248,7 +249,7 @@ def bench(
     benches.bench(
         which, methods, split=split, seeds=seeds, model=model, retrained=retrained, second=second, forget=forget, retain=retain,
         folds=folds, attacks=attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
-        targets=targets, small=small, sequence=sequence, data=data, judges=judges, table=table, prompts=prompt_attacks,
+        targets=targets, small=small, sequence=sequence, data=data, judges=judges, table=table, prompts=prompt_attacks, p4d=p4d,
     )  # fmt: skip
 
 

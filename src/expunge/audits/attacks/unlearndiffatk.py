@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -242,10 +242,11 @@ def unlearn_diff_atk(
     budget: Budget = Budget(),  # noqa: B008
     attack: UnlearnDiffAtk = UnlearnDiffAtk(),
     controls: bool = True,
+    p4d: bool = False,
 ) -> list[Measurement]:
     """Share of the target's prompts that show it unattacked (pre), and with a few searched words before them (post); controls.
 
-    controls: random words, new seeds and other wordings at as many images.
+    controls: random words, new seeds and other wordings at as many images. p4d: P4D beside it, with the same words, steps and images.
     """
     if attack.skipped(subjects) is not None:
         return []
@@ -269,14 +270,20 @@ def unlearn_diff_atk(
             f"{tries} images for each prompt; {spent}; what won: {', '.join(map(repr, words[:10])) or 'nothing'}",
         ),
     ]  # fmt: skip
+    others: list[DrawingAttack] = []
     if controls:
-        for other in (RandomPrefix(attack.prompts, tries, attack.tokens), NewSeeds(attack.prompts, tries),
-                      OtherWordings(attack.prompts)):  # fmt: skip
-            if other.skipped(subjects) is None:
-                scores = attacked(subjects, other, budget)
-                values = {"original": scores.original, "unlearned": scores.unlearned, "retrained": scores.retrained}
-                values |= {"floor": scores.second} if scores.second is not None else {}
-                rows.append(
-                    told(f"{other.name}_asr", values, f"{other.allowed(case.model, case)} images for each prompt")
-                )
+        others = [
+            RandomPrefix(attack.prompts, tries, attack.tokens),
+            NewSeeds(attack.prompts, tries),
+            OtherWordings(attack.prompts),
+        ]
+    if p4d:
+        shared = {f.name: getattr(attack, f.name) for f in fields(Search)}
+        others.append(EmbeddingSearch(**shared))
+    for other in others:
+        if other.skipped(subjects) is None:
+            scores = attacked(subjects, other, budget)
+            values = {"original": scores.original, "unlearned": scores.unlearned, "retrained": scores.retrained}
+            values |= {"floor": scores.second} if scores.second is not None else {}
+            rows.append(told(f"{other.name}_asr", values, f"{other.allowed(case.model, case)} images for each prompt"))
     return rows
