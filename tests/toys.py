@@ -3,7 +3,8 @@
 `toy("class")`: digits, one class to forget; `toy("mislabelled")`: digits, 60 memorised mislabelled rows to forget;
 `toy("regression")`: diabetes, a range of targets to forget; `toy("language")`: a tiny Llama on made-up facts, some people
 to forget; `toy("class_images")`, `toy("captions")`: short-trained diffusion models of digits, one class or one style to forget.
-`toy("gan")`: a pair trained on four Gaussians, with its own judged samples as data, one Gaussian to forget.
+`toy("vae")`: a conditional autoencoder of digits, one class to forget; `toy("gan")`: a pair trained on four Gaussians, with its own
+judged samples as data, one Gaussian to forget.
 Each has `.case`, `.original` (= case.model), `.retrained`.
 """
 
@@ -49,7 +50,7 @@ class Toy:
 
             # how often the forgotten is drawn: two models' images of one latent have nothing in common
             return abs(float(shares(model)[FORGET] - shares(self.retrained)[FORGET]))
-        if task.name == "diffusion":  # how well the forgotten is drawn; two models' noises differ by as much again
+        if task.name in ("diffusion", "vae"):  # how well the forgotten is drawn; two models' noises differ by as much again
             return abs(self.measure(model, "forget")["loss"] - self.measure(self.retrained, "forget")["loss"])
         total, count = 0.0, 0
         for batch in split.batches():
@@ -130,6 +131,8 @@ def toy(kind: str = "class", seed: int = 0) -> Toy:
         from gan_ring import retrained, ring_case
 
         return Toy(ring_case(seed), retrained(seed + 1))
+    if kind == "vae":
+        return _vae(seed)
     if kind in ("class_images", "captions"):
         return _class_images() if kind == "class_images" else _captions()
     x, y, x_test, y_test = digits()
@@ -173,6 +176,16 @@ def _regression(seed: int) -> Toy:
     case = Case(build(), TensorData(inputs=x[:340], labels=y[:340]), requests.where("labels", "<", 8.0),
                 test=TensorData(inputs=x[340:], labels=y[340:]), task=Regression(error="l1"), recipe=recipe, build=build,
                 name="diabetes")  # fmt: skip
+    case = case.with_(model=fit(case, "train", seed))
+    return Toy(case, fit(case, "retain", seed + 1))
+
+
+def _vae(seed: int, rows: int = 400, forget: int = 3) -> Toy:
+    from tiny_vae import TinyVae, images
+
+    recipe = Training(epochs=20, batch_size=32, optimizer=Optimizer("adam", lr=5e-3))
+    case = Case(TinyVae(), images("train", rows), requests.label(forget), test=images("test", 200), task="vae", recipe=recipe,
+                build=TinyVae, name="vae")  # fmt: skip
     case = case.with_(model=fit(case, "train", seed))
     return Toy(case, fit(case, "retain", seed + 1))
 

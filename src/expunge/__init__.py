@@ -35,6 +35,7 @@ _FACE = {
     "GanPair": "expunge.tasks",
     "Language": "expunge.tasks",
     "Regression": "expunge.tasks",
+    "Vae": "expunge.tasks",
     "Curves": "expunge.engine.measured",
     "Optimizer": "expunge.parts.plan",
     "Plan": "expunge.parts.plan",

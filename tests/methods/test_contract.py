@@ -36,6 +36,7 @@ ROWS: dict[str, dict[str, dict]] = {
     "grad_ascent": {
         "class": {"lr": 0.02, "cap": 2.0, "batch_size": 32},
         "language": {"lr": 5e-4, "epochs": 4, "cap": 3.0, "batch_size": 8, "optimizer": "adamw", "clip": 1.0},
+        "vae": {"lr": 3e-3, "epochs": 3, "batch_size": 16, "optimizer": "adam"},
     },
     "neggrad_plus": {"class": {"lr": 0.01, "cap": 4.0, "batch_size": 32}},
     "random_labels": {"class": SGD, "mislabelled": SGD},
@@ -44,6 +45,7 @@ ROWS: dict[str, dict[str, dict]] = {
     "npo": {
         "class": {"lr": 0.03, "beta": 0.5, "clip": 1.0, "epochs": 20, "batch_size": 32},
         "language": {"lr": 1e-3, "alpha": 5.0, "batch_size": 8, "optimizer": "adamw", "clip": 1.0},
+        "vae": {"lr": 3e-3, "beta": 0.1, "epochs": 8, "batch_size": 16, "optimizer": "adam"},
     },
     "grad_diff": {"class": FAST | {"cap": 4.0}, "language": WORDS | {"alpha": 5.0}},
     "kl_min": {"class": FAST | {"epochs": 5}, "language": {"lr": 1e-3, "alpha": 5.0, "batch_size": 8}},
@@ -124,7 +126,7 @@ ROWS: dict[str, dict[str, dict]] = {
     "selective_amnesia": {"class_images": {
         "lam": 0.01, "samples": 4, "timesteps": 20, "images": 20, "sampling_steps": 8, "steps": 20, "lr": 1e-3,
         "batch_size": 8,
-    }},
+    }, "vae": {"lam": 100.0, "samples": 20, "images": 100, "steps": 60, "lr": 1e-3, "batch_size": 32, "clip": None}},
     "sld": {"captions": {"concept": "red | crimson", "preset": "max", "warm_up": 1}},
     "negative_prompt": {"captions": {"concept": "red | crimson"}},
     "forget_me_not": {"captions": {

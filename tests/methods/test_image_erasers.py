@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from expunge import TensorData, unlearn
+from expunge import Case, TensorData, requests, unlearn
 from expunge.engine.workbench import Workbench
 from expunge.errors import UnmetNeed
 from expunge.methods import find
@@ -16,8 +17,10 @@ from expunge.parts.objectives import fit, guided_error, one_of
 from expunge.parts.objectives.base import Objective
 from expunge.parts.objectives.timesteps import OverTimesteps
 from expunge.parts.scopes import component, redrawn, sensitive, top_share
-from expunge.seeds import generator
+from expunge.seeds import derive, generator
 from tiny_pipelines import class_case, text_case
+from tiny_vae import LATENT, TinyVae
+from tiny_vae import images as digits
 
 AMNESIA = {"samples": 3, "timesteps": 10, "images": 12, "sampling_steps": 3, "batch_size": 8}
 
@@ -135,6 +138,91 @@ def test_an_anchors_images_stand_under_the_target_prompt():
     plan.terms[0].objective(step)
     reds = {tuple(row.tolist()) for row in case.model.conditions.of([f"a red {o}" for o in OBJECTS])}
     assert {tuple(row.tolist()) for row in asked[-1]["input_ids"]} <= reds
+
+
+# -- Selective Amnesia on a conditional variational autoencoder ----------------------------------------------------------
+def vae_case(forget: int = 3, rows: int = 60, **columns) -> Case:
+    x, y = digits("train", rows)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TinyVae()
+    return Case(model, TensorData(**{"inputs": x, "labels": y, **columns}), requests.label(forget), task="vae")
+
+
+VAE_AMNESIA = {"samples": 5, "images": 30, "batch_size": 8, "clip": None}
+
+
+def test_on_a_vae_the_three_terms_are_the_papers_by_hand():
+    """E l(x, c*) + gamma E l(x, c) + lam sum F (theta - theta0)^2, F = mean over the model's own images of (d loss)^2, one by one. The
+    official code adds lam sum F d^2 to a sum over 256 rows, so that its balance moves with the batch; here losses are means."""
+    case = vae_case()
+    plan, bench, memory = amnesia(case, **VAE_AMNESIA, lam=100.0, gamma=0.5)
+    surrogate, replay, penalty = plan.terms
+    (images, classes), _ = memory[1]
+    original, task = case.model, case.task
+    own = task.sample(original, classes, derive(bench.seed, "drawn", "own"))
+    assert (
+        torch.equal(images, own) and len(images) == 30 and 3 not in classes.tolist()
+    )  # decode(z, c) of the frozen original
+
+    rows, parameters = penalty.objective.of(bench), dict(bench.model.named_parameters())
+    slow = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for number, batch in enumerate(bench.batches(rows, 1, purpose="importance")):
+        noise = torch.randn(1, LATENT, generator=generator(bench.seed, "prepare", rows.name, number))
+        mean, log_variance = bench.model.encode(batch["inputs"], batch["labels"])
+        made = bench.model.decode(mean + (log_variance / 2).exp() * noise, batch["labels"])
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+        elbo = F.binary_cross_entropy(made, batch["inputs"], reduction="sum") + divergence
+        for name, g in zip(slow, torch.autograd.grad(elbo, list(parameters.values())), strict=True):
+            slow[name] += g.square() / 5
+    assert all(torch.allclose(memory[2][name], slow[name], rtol=1e-3, atol=1e-8) for name in slow)
+
+    with torch.no_grad():
+        for p in bench.model.parameters():
+            p += 1e-2
+    held = 100.0 * sum(float((f * 1e-4).sum()) for f in slow.values())
+    assert float(value(bench, penalty, memory[2])) == pytest.approx(held, rel=1e-3)
+    step = step_of(bench, "forget")
+    noise = task.relabel(step.batch, copy.deepcopy(step.rng), "noise")
+    assert float(surrogate.objective(step).mean()) == pytest.approx(float(task.loss(step.forward(noise), noise).mean()))
+    assert noise["labels"].tolist() == [3] * len(noise) and replay.weight == 0.5
+
+
+def test_on_a_vae_no_image_of_the_data_is_read():
+    case, other = vae_case(), vae_case(inputs=digits("test", 60)[0])
+    a, b = (
+        unlearn(c, "selective_amnesia", floor=None, steps=3, **VAE_AMNESIA).model.state_dict() for c in (case, other)
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_other_classes_of_a_sorted_table_are_all_replayed():
+    """The first rows of a table sorted by class are of one class."""
+    x, y = digits("train", 400)
+    order = y.argsort(stable=True)
+    case = vae_case(inputs=x[order], labels=y[order])
+    _, _, memory = amnesia(case, **VAE_AMNESIA)
+    assert sorted(set(memory[1][0][1].tolist())) == [c for c in range(10) if c != 3]
+
+
+def test_an_anchors_images_stand_under_the_class_of_a_vae():
+    case = vae_case()
+    plan, bench, memory = amnesia(case, **VAE_AMNESIA, concept="3", anchor="5")
+    assert set(memory[0][0][1].tolist()) == {5}
+    step, seen = step_of(bench, "forget"), []
+    step.scratch["memory"] = memory[0]
+    forward = type(bench.task).forward
+
+    class Watched(type(bench.task)):
+        def forward(self, model, batch):
+            seen.append(batch)
+            return forward(self, model, batch)
+
+    step.task = Watched()
+    plan.terms[0].objective(step)
+    assert seen[-1]["labels"].tolist() == [3] * len(step.batch)
+    fives = memory[0][0][0]
+    assert all(bool((fives == image).flatten(1).all(1).any()) for image in seen[-1]["inputs"])
 
 
 OBJECTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -309,6 +309,7 @@ MINIMAL: dict[str, tuple[str, ...]] = {
     "language": tuple(q.id for q in QUESTIONS if q.id != "E5"),
     "diffusion": ("A2", "B2", "C4", "D1", "D2", "D3", "D4", "E1", "E3", "F1"),
     "gan": ("A2", "B2", "C4", "D1", "D2", "D3", "D4", "E1", "E3", "F1"),
+    "vae": ("A2", "B2", "C4", "D1", "D2", "D3", "D4", "E1", "E3", "F1"),
     "graph": ("A2", "B3", "B4", "D1", "F2", "G5"),
     "ranking": ("A2", "B3", "B4", "D1", "F2", "G5"),
     "control": ("B1", "D1", "D2", "F1", "E4"),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from expunge.cases import Case, requests
@@ -32,7 +33,9 @@ def build_case(file: CaseFile) -> Case:
         return embedded(file).case
     model = _model(file)
     data, told = _own_samples(file, model) if file.data.judge else (_data(file, file.data, model), {})
-    exam = _gan_exam(file) if file.audit.judge else None if file.audit.exam is None else _exam(file, file.audit.exam)
+    exam = (
+        _judged(file, data) if file.audit.judge else None if file.audit.exam is None else _exam(file, file.audit.exam)
+    )
     verify_independent(getattr(exam, "judge", None), told)
     return Case(
         model=model,
@@ -94,8 +97,6 @@ def _fresh(file: CaseFile) -> Callable[[], Any] | None:
 
 def embedded(file: CaseFile) -> Any:
     """The case about an embedded model, with its golds, trained where they are not kept yet."""
-    import torch
-
     from expunge.benchmarks.embedded import Embedded
 
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
@@ -182,20 +183,25 @@ def _own_samples(file: CaseFile, model: nn.Module) -> tuple[Data, dict[str, Any]
     )  # fmt: skip
 
 
-def _gan_exam(file: CaseFile) -> Any:
-    """Who scores a GAN's samples; the real images that they are compared with are those of `test`."""
+def _judged(file: CaseFile, data: Data) -> Any:
+    """Who scores what a GAN or a variational autoencoder draws; the real images that a GAN's are compared with are those of `test`."""
+    from expunge.audits.metrics.class_samples import ClassExam
     from expunge.audits.metrics.gan import GanExam
 
-    if file.task.name != "gan" or file.request is None or file.request.label is None:
+    if file.task.name not in ("gan", "vae") or file.request is None or file.request.label is None:
         raise BadRequest(
-            f"expected task: gan and request: {{label: class}} with audit.judge, found task {file.task.name}; for diffusion "
+            f"expected task: gan or vae, and request: {{label: class}}, with audit.judge, found task {file.task.name}; for diffusion "
             "describe audit.exam"
         )
+    judge = find_function(str(file.audit.judge))
+    if file.task.name == "vae":
+        task: Any = make_task({"name": "vae", **file.task.settings})
+        return ClassExam(judge, file.request.label, int(torch.as_tensor(data.column(task.labels)).max()) + 1, task=task)
     real = None if file.test is None else _data(file, file.test, None)
     named: dict[str, Any] = {} if real is None else {"reference": real.column("inputs")}
     if real is not None and "labels" in real.names:
         named["labels"] = real.column("labels")
-    return GanExam(find_function(str(file.audit.judge)), file.request.label, **named)
+    return GanExam(judge, file.request.label, **named)
 
 
 def _data(file: CaseFile, spec: Table, model: Any) -> Data:

@@ -203,7 +203,8 @@ class AuditPlan(Section):
     second: str | None = None
     exam: ExamPlan | None = None
     judge: str | None = Field(
-        default=None, description="gan: module:function that scores its samples; another than data.judge, which filters"
+        default=None,
+        description="gan, vae: module:function that scores what it draws; another than data.judge, which filters",
     )
     attacks: bool | list[str | Named] = True
     budget: dict[str, Any] = Field(default={}, description="what each attack may spend, e.g. {steps: 10}")

@@ -11,6 +11,7 @@ from expunge.tasks.diffusion import Diffusion
 from expunge.tasks.gan import Gan, GanPair
 from expunge.tasks.language import Language
 from expunge.tasks.regression import Regression
+from expunge.tasks.vae import Vae
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "gan": Gan,
     "language": Language,
     "regression": Regression,
+    "vae": Vae,
 }
 
 
@@ -37,5 +39,5 @@ def task(which: str | Task | dict[str, Any]) -> Task:
 
 __all__ = [
     "TASKS", "Batch", "Choice", "Classification", "Diffusion", "Gan", "GanPair", "Language", "Measurements", "Output", "PerExample",
-    "Regression", "Task", "evaluating", "move_to_model", "task",
+    "Regression", "Task", "Vae", "evaluating", "move_to_model", "task",
 ]  # fmt: skip

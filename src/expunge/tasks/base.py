@@ -157,6 +157,11 @@ class Task(ABC):
         """(B,) how far `output` is from the target `other`: KL(other || output) for distributions, squared error for
         values and noises. `temperature` divides logits first; kinds without logits ignore it."""
 
+    @property
+    def relabelled(self) -> str:
+        """The column that `relabel` replaces: the labels, or what a generative kind answers its condition with."""
+        return self.labels
+
     @abstractmethod
     def relabel(self, batch: Batch, rng: torch.Generator, policy: str = "other") -> Batch:
         """Same inputs, an answer that is not theirs. `policy` names the kind's ways to draw it."""

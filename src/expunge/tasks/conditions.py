@@ -12,7 +12,7 @@ A rule says which condition stands in for a row's own:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from expunge.errors import BadSetting, UnmetNeed
+from expunge.tasks.base import Batch
 
 ARROW = "->"
+BANK = 256
+"""Rows among whose images another answer to a condition is drawn (at most this many, and at most 64 MiB of them)."""
 
 
 @dataclass(frozen=True)
@@ -161,3 +164,24 @@ def _spliced(content: list[int], target: list[int], other: list[int]) -> list[in
         result += content[at:found] + other
         at = found + len(target)
     return result + content[at:]
+
+
+def answer_bank(data: Any, images: str, condition: Callable[[Batch], Tensor]) -> dict[str, Tensor]:
+    """`images` and `condition` of some rows, spread evenly over a table: what `another_answer` draws from."""
+    ids = torch.linspace(0, len(data) - 1, min(BANK, len(data))).long().unique()
+    rows = data.fetch(ids)
+    fits = max(1, 2**26 // max(rows[images][0].numel() * 4, 1))
+    kept = slice(None, None, max(1, -(-len(ids) // fits)))
+    return {"images": rows[images][kept], "condition": condition(rows)[kept]}
+
+
+def another_answer(bank: dict[str, Tensor], own: Tensor, rng: torch.Generator) -> Tensor:
+    """(B, ...) for each condition (B,) or (B, L) an image of the bank under another one."""
+    differs = (
+        (own.cpu()[:, None] != bank["condition"][None].cpu()).reshape(len(own), len(bank["condition"]), -1).any(-1)
+    )
+    if not bool(differs.any(1).all()):
+        raise BadSetting(
+            "expected rows with other conditions to draw another answer from, found none; use policy='noise'"
+        )
+    return bank["images"][torch.multinomial(differs.float(), 1, generator=rng)[:, 0]]

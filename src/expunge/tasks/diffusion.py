@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from expunge.errors import BadSetting
 from expunge.tasks.base import Batch, Measurements, Output, PerExample, Task, evaluating, move_to_model
-from expunge.tasks.conditions import ClassConditions
+from expunge.tasks.conditions import ClassConditions, another_answer, answer_bank
+from expunge.tasks.sampling import Sampling, sample
 
 RELABEL_POLICIES = ("other", "noise")
-BANK = 256
-"""Rows among whose images another answer to a condition is drawn (at most this many, and at most 64 MiB of them)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,10 @@ class Diffusion(Task):
     def input(self) -> str:  # type: ignore[override]
         return self.latents
 
+    @property
+    def relabelled(self) -> str:
+        return self.latents
+
     # -- conditions ------------------------------------------------------------------------------------------------
     def condition(self, batch: Batch) -> Tensor:
         """(B,) class ids or (B, L) token ids."""
@@ -73,14 +76,7 @@ class Diffusion(Task):
 
     def constants(self, model: nn.Module, data: Any) -> dict[str, Any]:
         """`_bank`: some rows, among whose images another answer to a condition is drawn."""
-        size = min(BANK, len(data))
-        if not size:
-            return {}
-        ids = torch.linspace(0, len(data) - 1, size).long().unique()
-        rows = data.fetch(ids)
-        fits = max(1, 2**26 // max(rows[self.latents][0].numel() * 4, 1))
-        kept = slice(None, None, max(1, -(-len(ids) // fits)))
-        return {"_bank": {"latents": rows[self.latents][kept], "condition": self.condition(rows)[kept]}}
+        return {"_bank": answer_bank(data, self.latents, self.condition)} if len(data) else {}
 
     # -- running ---------------------------------------------------------------------------------------------------
     def prepare(self, batch: Batch, rng: torch.Generator) -> Batch:
@@ -135,14 +131,17 @@ class Diffusion(Task):
                 f"expected a relabel policy of diffusion, one of {RELABEL_POLICIES}, found {policy!r}; use one of them, or the "
                 "objective redirect(rule) for another condition"
             )
-        bank, own = batch["_bank"], self.condition(batch).cpu()
-        differs = (own[:, None] != bank["condition"][None].cpu()).reshape(len(own), len(bank["condition"]), -1).any(-1)
-        if not bool(differs.any(1).all()):
-            raise BadSetting(
-                "expected rows with other conditions to draw another answer from, found none; use policy='noise'"
-            )
-        chosen = torch.multinomial(differs.float(), 1, generator=rng)[:, 0]
-        return batch.with_columns(**{self.latents: bank["latents"][chosen].to(clean)})
+        new = another_answer(batch["_bank"], self.condition(batch), rng)
+        return batch.with_columns(**{self.latents: new.to(clean)})
+
+    # -- drawing ---------------------------------------------------------------------------------------------------
+    def drawn(self, model: Any, condition: Tensor, sampling: Sampling, seed: int) -> tuple[Tensor, Tensor]:
+        """(M, ...) latents that the model makes for conditions (N, ...), and their conditions, on the CPU; what is not finite is
+        left out."""
+        samples = sample(model, condition, sampling, seed)
+        with torch.no_grad():
+            latents = torch.cat([model.latents(x.to(model.device)).cpu() for x in samples.images.split(64)])
+        return latents[samples.finite], condition.cpu()[samples.finite]
 
     # -- measuring -------------------------------------------------------------------------------------------------
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> Measurements:

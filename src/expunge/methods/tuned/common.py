@@ -93,7 +93,7 @@ AnchorImages = Annotated[int, setting("anchor images that the original draws", g
 
 def there_and_back(case: Case, concept: str, anchor: str) -> tuple[str, str]:
     """Rules from the target's condition to the anchor's, and from the anchor's to the target's (of synonyms, the first)."""
-    if case.model.kind == "class":
+    if getattr(case.model, "kind", "class") == "class":
         return anchor, concept
     return f"{concept} -> {anchor}", f"{anchor} -> {concept.split('|')[0].strip()}"
 

@@ -25,12 +25,12 @@ from expunge.parts.objectives.drawn import DrawnRows, asked_as
 from expunge.parts.objectives.penalties import ewc
 from expunge.parts.objectives.timesteps import OverTimesteps
 from expunge.parts.plan import Optimizer, Plan, Term
-from expunge.parts.scopes import component
+from expunge.parts.scopes import component, everything
 from expunge.tasks.sampling import Sampling
 
 
 @method(
-    family="tuned", needs=("retain",), kinds=("diffusion",), intention="removal", mechanism="relabel",
+    family="tuned", needs=("retain",), kinds=("diffusion", "vae"), intention="removal", mechanism="relabel",
     paper="Heng and Soh, NeurIPS 2023, 2305.10120",
 )  # fmt: skip
 def selective_amnesia(
@@ -52,17 +52,19 @@ def selective_amnesia(
     clip: Clip = 1.0,
 ) -> Plan:
     """Fit noise (or an anchor's images) under the condition, with replay and elastic weight consolidation."""
-    values, sampling = math.prod(case.model.shape), Sampling(sampling_steps, guidance)
+    sampling, values, energy, scope = Sampling(sampling_steps, guidance), 1, None, everything()
+    if case.task.name == "diffusion":
+        values, scope = math.prod(case.model.shape), component("network")
+        energy = OverTimesteps(timesteps, scale=case.model.horizon * values)
     surrogate = relabel("noise")
     if anchor is not None:
         there, back = there_and_back(case, str(concept), anchor)
         surrogate = drawn(there, asked_as(back, fit()), images, sampling)
-    energy = OverTimesteps(timesteps, scale=case.model.horizon * values)
     hold = ewc(samples, of=DrawnRows("train", samples, sampling), energy=energy)
     return Plan(
         Term(surrogate, on="forget"), Term(drawn("own", fit(), images, sampling), on="retain", weight=gamma),
         *((Term(hold, on="retain", weight=2 * lam / values),) if lam else ()),
-        scope=component("network"),
+        scope=scope,
         optimizer=Optimizer("adam", lr=lr, clip=None if clip is None else clip / values),
         **counted(case, steps, batch_size),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from expunge.parts.objectives.wrapped import Wrapped
 from expunge.parts.step import Step
 from expunge.seeds import derive
 from expunge.tasks.base import PerExample
-from expunge.tasks.sampling import Sampling, sample
+from expunge.tasks.sampling import Sampling
 
 _BANKS: WeakKeyDictionary[Any, dict[Any, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 """Of one run: two terms on the same images draw them once."""
@@ -36,34 +36,36 @@ class Drawn(Wrapped):
         return self.bank(workbench, split), self.inner.prepare(workbench, split)
 
     def bank(self, workbench: Any, split: str) -> tuple[Tensor, Tensor]:
-        """(latents (count, C, H, W), conditions): `count` images by the original, for the split's conditions under the rule."""
+        """(images or latents (count, ...), conditions): `count` by the original, for the split's conditions under the rule."""
         task, model = workbench.task, workbench.references.model("original")
         made = _BANKS.setdefault(workbench, {})
         key = (self.rule, self.count, self.sampling, split)
         if key not in made:
             rows = workbench.splits[split].ids
-            ids = rows[torch.arange(self.count) % len(rows)] if self.count > len(rows) else rows[: self.count]
-            own = task.condition(workbench.splits[split].data.fetch(ids))
-            conditions = own if self.rule == "own" else model.conditions.replaced(own, self.rule)
-            samples = sample(model, conditions, self.sampling, derive(workbench.seed, "drawn", self.rule))
-            with torch.no_grad():
-                latents = torch.cat([model.latents(x.to(model.device)).cpu() for x in samples.images.split(64)])
-            made[key] = latents[samples.finite], conditions[samples.finite]
+            ids = rows[_spread(len(rows), self.count)]
+            batch = workbench.fill(workbench.splits[split].data.fetch(ids))
+            conditions = task.condition(batch if self.rule == "own" else task.conditioned(model, batch, self.rule))
+            made[key] = task.drawn(model, conditions.cpu(), self.sampling, derive(workbench.seed, "drawn", self.rule))
         return made[key]
 
     def __call__(self, step: Step) -> PerExample:
         (latents, conditions), memory = step.scratch["memory"]
         task: Any = step.task
         chosen = torch.randint(0, len(latents), (len(step.batch),), generator=step.rng)
-        clean = step.batch[task.latents]
+        clean = step.batch[task.input]
         batch = task.with_condition(step.batch, conditions[chosen].to(clean.device))
         inner = step.again()
-        inner.batch = batch.with_columns(**{task.latents: latents[chosen].to(clean)})
+        inner.batch = batch.with_columns(**{task.input: latents[chosen].to(clean)})
         inner.scratch = {"memory": memory}
         return self.inner(inner)
 
     def __str__(self) -> str:
         return f"{self.inner} on images drawn for ({self.rule})"
+
+
+def _spread(rows: int, count: int) -> Tensor:
+    """(count,) places: every row in turn, or, where fewer are asked, rows evenly apart: tables may be sorted by condition."""
+    return torch.arange(count) % rows if count > rows else torch.arange(count) * rows // count
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,6 @@ class DrawnRows:
         latents, conditions = Drawn(Fit(), "own", self.count, self.sampling).bank(workbench, self.of)
         task = workbench.task
         name = task.labels if conditions.dim() == 1 else task.prompts
-        columns: dict[str, Any] = {task.latents: latents.cpu(), name: conditions.cpu()}
+        columns: dict[str, Any] = {task.input: latents.cpu(), name: conditions.cpu()}
         table = TensorData(**columns)
         return Split(f"drawn {self.of}", table, torch.arange(len(table)))

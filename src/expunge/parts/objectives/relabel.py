@@ -39,10 +39,10 @@ class Relabel(Objective):
                 new = task.relabel(batch, rng, self.policy)
                 kept |= dict(zip(batch.ids.tolist(), task.answer_tokens(new), strict=True))
             return kept
-        labels_of = workbench.task.labels
+        column = workbench.task.relabelled
         table: torch.Tensor | None = None
         for batch in workbench.batches(rows, 4096):
-            new = workbench.task.relabel(batch, rng, self.policy)[labels_of]
+            new = workbench.task.relabel(batch, rng, self.policy)[column]
             if table is None:
                 table = new.new_zeros((int(rows.ids.max()) + 1, *new.shape[1:]))
             table[batch.ids] = new
@@ -57,7 +57,8 @@ class Relabel(Objective):
             batch = task.with_answers(step.batch, [own[row] for row in step.batch.ids.tolist()])  # type: ignore[attr-defined]
         else:
             table = step.scratch["memory"]
-            batch = step.batch.with_columns(**{task.labels: table[step.batch.ids].to(step.batch[task.labels])})  # type: ignore[attr-defined]
+            column = task.relabelled
+            batch = step.batch.with_columns(**{column: table[step.batch.ids].to(step.batch[column])})
         loss = task.loss(answered(step, batch), batch)
         return loss if self.average == "examples" else averaged(loss, task.choices(batch), self.average, step)
 
