@@ -7,16 +7,19 @@ import copy
 import pytest
 import torch
 
+from diffusion_nets import pipeline
 from expunge import TensorData, unlearn
 from expunge.engine.workbench import Workbench
 from expunge.errors import BadData, UnmetNeed
 from expunge.methods import find
 from expunge.methods.tuned.common import counted
-from expunge.parts import Optimizer, Plan, Term, negated, redirect
+from expunge.parts import Optimizer, Plan, Term, fit, negated, redirect
 from expunge.parts.objectives.redirect import Partial
 from expunge.parts.scopes import component
+from expunge.tasks.denoiser import Denoiser
 from expunge.tasks.sampling import Sampling
 from tiny_pipelines import class_case, text_case
+from toys import toy
 
 SMALL = {
     "steps": 3,
@@ -128,3 +131,81 @@ def test_the_attack_is_the_cards_and_what_it_costs_the_weights_is_nothing():
     assert (attack.steps, attack.lr, attack.tokens, attack.accumulate, attack.fast) == (30, 1e-3, 1, True, False)
     assert attack.start == pytest.approx(0.2) and "prompt(1 word, 30" in plan.formula
     assert str(attack.goal[0].objective) == "D(original(red)‖model(red))"
+
+
+def test_the_encoder_goes_into_another_pipeline_from_its_folder(tmp_path):
+    """The plug-in claim: a second network's pipeline loads with the unlearned encoder, hears its embedding of the concept, and keeps all
+    its own weights."""
+    import transformers
+    from diffusers import StableDiffusionPipeline
+
+    case = text_case()
+    outcome = unlearn(case, "advunlearn", floor=None, run=tmp_path / "run", concept="red", **SMALL)
+    second = pipeline("text", seed=7)
+    second.save_pretrained(tmp_path / "second")
+    encoder = transformers.CLIPTextModel.from_pretrained(
+        tmp_path / "run" / "model" / "text_encoder", local_files_only=True
+    )
+    other = StableDiffusionPipeline.from_pretrained(tmp_path / "second", text_encoder=encoder, local_files_only=True)
+    other.set_progress_bar_config(disable=True)
+    assert all(torch.equal(v, second.unet.state_dict()[k]) for k, v in other.unet.state_dict().items())
+
+    def embedded(pipe, prompt):
+        return pipe.encode_prompt(prompt, "cpu", 1, False)[0].detach()
+
+    ids = case.model.conditions.of(["a red three"])
+    ours = outcome.model.encode(ids).detach()
+    assert torch.equal(embedded(other, "a red three"), ours)
+    assert not torch.allclose(ours, case.model.encode(ids), atol=1e-3)  # and it is the changed one
+    assert not torch.allclose(ours, embedded(second, "a red three"), atol=1e-3)
+
+    def draw(pipe):
+        rng = torch.Generator().manual_seed(3)
+        return pipe(["a red three"], num_inference_steps=3, guidance_scale=2.0, generator=rng, output_type="pt").images
+
+    drawn = draw(other)
+    assert drawn.shape == (1, 3, 8, 8) and bool(drawn.isfinite().all()) and not torch.equal(drawn, draw(second))
+    back = Denoiser(other)
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor(400)
+    with torch.no_grad():
+        says = back(x, t, back.encode(ids))
+        assert torch.allclose(says, second.unet(x, t, encoder_hidden_states=ours).sample, atol=1e-4)
+
+
+def test_the_encoder_erases_in_a_network_it_was_not_trained_with():
+    """A second network that shares the trained toy's encoder (tuned on the same captions, the encoder still): what red changes in its
+    prediction shrinks there as it does at home, and what other words change shrinks less."""
+    t = toy("captions")
+    settings = {
+        "steps": 8, "batch_size": 8, "retain_batch_size": 8, "sampling_steps": 4, "lr": 5e-3, "eta": 3.0, "retain_w": 0.3,
+        "attack_steps": 1, "attack_lr": 0.05, "warm_up": 6,
+    }  # fmt: skip
+    found = unlearn(t.case, "advunlearn", floor=None, concept="red", **settings).model
+    rows = t.case.split("train")
+    plan = Plan(
+        Term(fit(), on="train"),
+        scope=component("network"),
+        optimizer=Optimizer("adam", lr=2e-3),
+        epochs=2,
+        batch_size=32,
+    )
+    second = unlearn(t.case, plan, seed=3, floor=None).model
+    assert equal(second.text_encoder.state_dict(), t.case.model.text_encoder.state_dict())
+    moved = copy.deepcopy(second)
+    moved.text_encoder.load_state_dict(found.text_encoder.state_dict())
+    batch = rows.data.fetch(rows.ids[:64])
+    x = t.case.model.noised(
+        batch["latents"], torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((64,), 500)
+    )
+
+    def away(model, words):
+        """How far prompts of a style are from the empty one, as the network's output has it."""
+        told, none = (model.encode(model.conditions.of([p])) for p in (f"a {words} three", ""))
+        with torch.no_grad():
+            says = [model(x, torch.tensor(500), c.expand(64, -1, -1)) for c in (told, none)]
+        return float((says[0] - says[1]).square().mean())
+
+    left = {name: {w: away(new, w) / away(old, w) for w in ("red", "inverted")} for name, new, old in
+            (("home", found, t.case.model), ("second", moved, second))}  # fmt: skip
+    assert left["second"]["red"] < 0.6 and left["home"]["red"] < 0.6, left
+    assert left["second"]["inverted"] > left["second"]["red"] + 0.3, left
