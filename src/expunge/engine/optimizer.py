@@ -7,6 +7,7 @@ weights outside the mask are restored and their optimizer state is cleared.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from expunge.engine.distribution import fitted
 from expunge.errors import BadSetting, need_extra
 from expunge.parts.plan import Optimizer
 from expunge.parts.scopes.base import Mask
+
+LISTED = 2**26
+"""Bytes of weights up to which a step on a CPU takes them as one list."""
+
+
+@cache
+def _fused_on_cpu(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether this torch has the kernel: Adam's since 2.4."""
+    if kind is torch.optim.SGD:  # in place in any case
+        return False
+    try:
+        kind([torch.zeros(1, requires_grad=True)], fused=True)  # type: ignore[call-arg]
+    except RuntimeError:
+        return False
+    return True
 
 
 class MaskedOptimizer:
@@ -41,17 +57,28 @@ class MaskedOptimizer:
         """Set by the loop, whose epochs may differ in length (a term that rests after some); else counted from steps."""
 
     def _make(self) -> torch.optim.Optimizer:
-        spec, foreach = self.spec, len(self.parameters) > 1 and not self.parameters[0].is_meta
+        spec = self.spec
         if spec.name == "sgd":
-            return torch.optim.SGD(self.parameters, lr=spec.lr, momentum=spec.momentum, foreach=foreach)
+            return torch.optim.SGD(self.parameters, lr=spec.lr, momentum=spec.momentum, **self._how(torch.optim.SGD))
         if spec.name == "adam":
-            return torch.optim.Adam(self.parameters, lr=spec.lr, betas=spec.betas, foreach=foreach)
+            return torch.optim.Adam(self.parameters, lr=spec.lr, betas=spec.betas, **self._how(torch.optim.Adam))
         if spec.name == "adamw_8bit":
             kind = _in_8_bits(self.parameters).AdamW8bit
             return kind(self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
-        # on CUDA one kernel does all of a step; lists of tensors are worked through with copies of them
-        how = {"fused": True} if all(p.is_cuda for p in self.parameters) else {"foreach": foreach}
-        return torch.optim.AdamW(self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, **how)
+        decay = spec.weight_decay
+        return torch.optim.AdamW(
+            self.parameters, lr=spec.lr, betas=spec.betas, weight_decay=decay, **self._how(torch.optim.AdamW)
+        )
+
+    def _how(self, kind: type[torch.optim.Optimizer]) -> dict[str, bool]:
+        """How a step works through the weights. A list of them spares small models the time between calls, and holds a copy of all
+        weights: on CUDA, and for large ones on a CPU, one kernel for each does AdamW's step with no copy at all (Adam's on a CPU)."""
+        first, size = self.parameters[0], sum(p.numel() * p.element_size() for p in self.parameters)
+        if first.is_cuda or size <= LISTED:
+            fused = kind is torch.optim.AdamW and all(p.is_cuda for p in self.parameters)
+            return {"fused": True} if fused else {"foreach": len(self.parameters) > 1 and not first.is_meta}
+        whole = not any(p.is_meta or hasattr(p, "device_mesh") for p in self.parameters)
+        return {"fused": True} if whole and _fused_on_cpu(kind) else {"foreach": False}
 
     def _decay(self) -> None:
         """Coupled weight decay, gradient += weight_decay * weight, in place: torch's own makes a second set of gradients."""
