@@ -42,7 +42,7 @@ def test_claims_are_counted_seed_by_seed():
     strict = {**bad, f"{EL2}, strict": row(90, 70, 41)}
     assert gan.claims({0: bad, 1: strict})["PUL(el2, strict) >= 80"] == [False, True]
     found = gan.claims({0: good, 1: bad})
-    assert list(found.values()) == [[True, False]] * 6
+    assert list(found.values()) == [[True, False]] * 7
     table = gan.markdown({0: good, 1: bad})
     line = next(line for line in table.splitlines() if line.startswith(f"| {EL2}"))
     assert "| 72 ± " in line and line.endswith("| 1 of 2 |")

@@ -254,6 +254,10 @@ def claims(seeds: dict[int, Rows]) -> dict[str, list[bool]]:
         for text, holds in (
             ("PUL(el2) >= 80", el2["pul"] >= 80),
             ("PUL(el2, strict) >= 80", rows.get(f"{EL2}, strict", el2)["pul"] >= 80),
+            (
+                "PUL(el2, strict) > PUL(fine_tune_positives, strict)",
+                rows.get(f"{EL2}, strict", el2)["pul"] > rows.get(f"{PLAIN}, strict", plain)["pul"],
+            ),
             ("PUL(el2) > PUL(fine_tune_positives)", el2["pul"] > plain["pul"]),
             ("FID(el2) <= FID(extrapolation at el2's PUL)", EQUAL in rows and el2["fid"] <= rows[EQUAL]["fid"]),
             ("Ret-FID(el2) <= 2 Ret-FID(retrained)", el2["ret_fid"] <= 2 * rows["retrained"]["ret_fid"]),
