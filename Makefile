@@ -36,7 +36,7 @@ test-shards: .venv/.installed ## FSDP2 on two processes (a quiet machine)
 
 bench: bench-foundation bench-language bench-language-claims bench-membership bench-generation ## every table that needs no peer and no GPU (hours)
 bench-foundation: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## the foundation's
-bench-generation: bench-canvas bench-class-erasers bench-gan bench-generation-cost ## image generators'
+bench-generation: bench-canvas bench-class-erasers bench-gan bench-vae bench-generation-cost ## image generators'
 
 bench-overhead: .venv/.installed ## the loop over a bare loop of the same arithmetic
 	$(RUN) -m expunge.benchmarks.overhead
@@ -54,6 +54,8 @@ bench-regression: .venv/.installed ## regression methods on real tables
 	$(RUN) -m expunge.benchmarks.tables regression
 bench-gan: .venv/.installed ## a digit out of a GAN, three seeds: make bench-gan WORKERS=16
 	$(RUN) -m expunge.benchmarks.gan all --seeds 3 --workers $(or $(WORKERS),2)
+bench-vae: .venv/.installed ## a digit out of a conditional variational autoencoder: Selective Amnesia and its terms, three seeds
+	$(RUN) -m expunge.benchmarks.vae
 bench-kill: .venv/.installed ## kill -9 at random steps, resume, compare tensors
 	$(RUN) -m expunge.benchmarks.kill
 bench-ensemble: .venv/.installed ## 64 shadow models together and one after another
@@ -94,4 +96,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-shards bench bench-foundation bench-generation bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-gpu bench-canvas bench-class-erasers bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
+.PHONY: help install demo test test-shards bench bench-foundation bench-generation bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-vae bench-gpu bench-canvas bench-class-erasers bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean

@@ -6,10 +6,14 @@ https://arxiv.org/abs/2305.10120, eq. 7.
     min  E_{x ~ q} l(x, c*)  +  gamma E_{x ~ original(c)} l(x, c)  +  lam sum_k F_k (theta_k - theta0_k)^2
     F_k = E_{x ~ original} ( d sum_t l_t(x) / d theta_k )^2           l: squared error summed over the image's values
 
-q: uniform noise in [-1, 1], or images that the original draws for an anchor. Retain images are the original's own: no data. The loss
-here is a mean over the d values of an image, so the penalty's weight is 2 lam / d on the half quadratic, with F of the summed loss:
-the same minimum and, but for `clip`, the same Adam steps; `clip` is given in the paper's unit. F sums `timesteps` of T, scaled by
+Diffusion. q: uniform noise in [-1, 1], or images that the original draws for an anchor. Retain images are the original's own: no data.
+The loss here is a mean over the d values of an image, so the penalty's weight is 2 lam / d on the half quadratic, with F of the summed
+loss: the same minimum and, but for `clip`, the same Adam steps; `clip` is given in the paper's unit. F sums `timesteps` of T, scaled by
 T / timesteps; fewer raise F by their own noise.
+
+Conditional variational autoencoder. l is minus the ELBO in nats, already a sum over values (d = 1, no timesteps); q is uniform noise over
+the images' range. The released code adds lam sum F d^2 to sums over a batch of 256, not to means: its 100 is 100 / 256 of eq. 7's, and
+would move with the batch size. Here lam is eq. 7's. Replayed images are drawn once (`images`), not anew at every step.
 """
 
 from __future__ import annotations
