@@ -50,10 +50,7 @@ class Toy:
 
             # how often the forgotten is drawn: two models' images of one latent have nothing in common
             return abs(float(shares(model)[FORGET] - shares(self.retrained)[FORGET]))
-        if task.name in (
-            "diffusion",
-            "vae",
-        ):  # how well the forgotten is drawn; two models' noises differ by as much again
+        if task.name in ("diffusion", "vae"):  # how well it is drawn; two models' noises differ by as much again
             return abs(self.measure(model, "forget")["loss"] - self.measure(self.retrained, "forget")["loss"])
         total, count = 0.0, 0
         for batch in split.batches():
