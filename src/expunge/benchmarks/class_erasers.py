@@ -20,6 +20,7 @@ import torch
 
 from expunge.audits.metrics import images
 from expunge.benchmarks import canvas_settings, measuring
+from expunge.benchmarks.canvas_judges import require_original
 from expunge.benchmarks.embedded import Embedded
 from expunge.benchmarks.measuring import options, publish, spelled
 from expunge.benchmarks.unlearncanvas import COLUMNS as SHARED
@@ -91,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def toy(seed: int) -> Embedded:
         return Embedded(label=0, seed=seed, settings=settings)
 
+    for seed in given.seeds:
+        require_original(toy(seed).exam(), toy(seed).case.model, 0 if given.small else None)
     found = compare(
         lambda seed: toy(seed).case, rows([name for name in given.only.split(",") if name]), given.seeds, floor=None,
         gold=lambda seed: toy(seed).retrained(), second=lambda seed: toy(another(seed, given.seeds)).retrained(),
