@@ -238,6 +238,6 @@ def test_spm_stays_near_the_original_around_random_embeddings():
 
     def around(anchoring: float) -> float:
         outcome = unlearn(case, "spm", anchoring=anchoring, **settings)
-        return next(v for k, v in outcome.record["notes"].items() if "around" in k)
+        return next(v for k, v in outcome.record["history"][-1]["losses"].items() if "around" in k)
 
     assert around(1e6) < 0.7 * around(1e-6)
