@@ -28,6 +28,7 @@ from expunge.parts import (
     hold,
     inverted_hinge,
     kto,
+    match,
     npo,
     relabel,
     satimp,
@@ -62,6 +63,8 @@ OFFICIAL = {
     "ceu": 1.73403003572845,
     "ceu_skips_none": 1.76638443757456,
     "undial": 1.80401442997637,
+    "kl": 0.09622912105118707,
+    "kl_of_everything": 0.09872292275808175,
     "pdu_unshifted": 0.698885110671134,
     "rmu_mixed": 1.1037870523451,
     "rmu_one_row_at_a_time": 1.03175362342959,
@@ -491,6 +494,8 @@ def test_the_frameworks_numbers(model, step):
     # its undial is right only where nothing is masked or padded: rows of equal length that are all answer
     square = step_of(model, text([(r[:4], 0) for r, _ in ROWS]), original=Bigram(0.5))
     same(undial(10.0, average="tokens"), "undial", square)
+    # its KL (kl_min's retain term) is right only where every position that it is given predicts an answer: rows without their last
+    same(match("original"), "kl", square)
 
 
 def test_the_frameworks_faults_are_not_ours(model, step):
@@ -503,6 +508,13 @@ def test_the_frameworks_faults_are_not_ours(model, step):
     theirs = torch.stack([(z.max() - z.mean()) ** 2 for z, _ in unshifted]).mean()
     assert float(theirs.detach()) == pytest.approx(OFFICIAL["pdu_unshifted"], rel=1e-9)
     assert abs(float(flatten_logits("tokens")(step).mean().detach()) - OFFICIAL["pdu_unshifted"]) > 0.01
+    # KL: its mean is over prompts, padding and the position after the last token too; ours where answers are predicted
+    longest = max(len(r) for r, _ in ROWS)
+    seen = torch.tensor([r + [0] * (longest - len(r)) for r, _ in ROWS])
+    logp, logq = Bigram(0.5)(seen).log_softmax(-1), model(seen).log_softmax(-1)
+    theirs = (logp.exp() * (logp - logq)).sum(-1).mean()
+    assert float(theirs.detach()) == pytest.approx(OFFICIAL["kl_of_everything"], rel=1e-9)
+    assert abs(float(match("original")(step).mean().detach()) - OFFICIAL["kl_of_everything"]) > 1e-3
     # RMU: a (B,) sum over (B, 1) counts is a (B, B) table that divides every example by every other's length
     grid = torch.arange(3 * 6 * 4, dtype=torch.float64).view(3, 6, 4)
     ours = activation_distance(torch.sin(grid), torch.cos(0.3 * grid), Language().spots(text(ROWS))).mean()
