@@ -32,7 +32,7 @@ test: .venv/.installed ## lint, format, types, floors, tests
 	$(ONE_THREAD) $(RUN) -m pytest -n 2
 
 test-shards: .venv/.installed ## FSDP2 on two processes (a quiet machine)
-	EXPUNGE_TEST_SHARDS=1 $(ONE_THREAD) $(RUN) -m pytest tests/engine/test_distribution.py
+	EXPUNGE_TEST_SHARDS=1 $(ONE_THREAD) $(RUN) -m pytest -rP tests/engine/test_distribution.py tests/engine/test_accelerate_configs.py
 
 bench: bench-foundation bench-language bench-language-claims bench-membership bench-generation ## every table that needs no peer and no GPU (hours)
 bench-foundation: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## the foundation's
