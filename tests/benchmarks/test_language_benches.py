@@ -60,6 +60,13 @@ def test_tofu_from_command_to_report_and_samples(brief):
     assert model.config.model_type == "llama"
     page, forgotten = (out / "samples.html").read_text(), nano.nano_rows(nano.FORGET_AUTHORS)
     assert "Kept" in page and "Forgotten" not in page
+    from markupsafe import escape
+
+    from expunge.records.samples import sample_answers
+
+    testbed = nano.nano_tofu(0)  # the retrained model's column is what the audit's retrained model answers
+    said = sample_answers(testbed.case, {"retrained": testbed.retrained.model}, "retain", 2)
+    assert ">retrained</th>" in page and all(str(escape(row["answers"][1])) in page for row in said)
     everything = page + (out / "report.html").read_text() + (out / "comparison.json").read_text()
     assert not any(row["question"] in everything for row in forgotten)
 

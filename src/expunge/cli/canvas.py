@@ -17,7 +17,8 @@ from expunge.files import write_atomic
 
 def bench(
     methods: str, seeds: list[int], folder: Path, *, targets: str, small: bool, sequence: bool, model: str | None,
-    retrained: str | None, second: str | None, data: Path | None, judges: Path | None, attacks: bool, prompts: bool, p4d: bool,
+    retrained: str | None, second: str | None, data: Path | None, judges: Path | None, attacks: bool | list[str], told_attacks: str,
+    prompts: bool, p4d: bool,
     samples: int, show_forgotten: bool, workers: int, table: Path | None,
 ) -> None:  # fmt: skip
     """Run it, print a table for each target, write contact sheets and the report."""
@@ -37,7 +38,8 @@ def bench(
         f"--seeds {len(seeds) if seeds == list(range(len(seeds))) else ','.join(map(str, seeds))}",
     ]
     told += ["--small"] if small else []
-    told += ["--attacks"] if attacks else ["--no-attacks", *(["--prompt-attacks"] if prompts else [])]
+    told += ["--no-attacks"] if attacks is False else [f"--attacks {told_attacks}"]
+    told += ["--prompt-attacks"] if prompts and attacks is not True else []
     told += ["--p4d"] if p4d else []
     told += ["--sequence"] if sequence else []
     command, toy = " ".join(told), model is None

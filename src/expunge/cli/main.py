@@ -218,7 +218,10 @@ def bench(
     folds: Annotated[
         int, typer.Option(min=0, max=4, help="muse: scalability and sustainability over so many folds")
     ] = 0,
-    attacks: Annotated[bool, typer.Option("--attacks/--no-attacks", help="the whole battery, and a verdict")] = True,
+    attacks: Annotated[
+        str, typer.Option(help="all, default (the battery of the kind of model), none, or names with commas between")
+    ] = "default",
+    no_attacks: Annotated[bool, typer.Option("--no-attacks", help="the same as --attacks none")] = False,
     targets: Annotated[
         str, typer.Option(help="canvas: styles, objects, or both of one ('red three'), with commas between")
     ] = "red,three",
@@ -248,7 +251,7 @@ def bench(
 
     benches.bench(
         which, methods, split=split, seeds=seeds, model=model, retrained=retrained, second=second, forget=forget, retain=retain,
-        folds=folds, attacks=attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
+        folds=folds, attacks="none" if no_attacks else attacks, samples=samples, show_forgotten=show_forgotten, workers=workers, out=out,
         targets=targets, small=small, sequence=sequence, data=data, judges=judges, table=table, prompts=prompt_attacks, p4d=p4d,
     )  # fmt: skip
 
