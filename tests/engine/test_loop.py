@@ -362,6 +362,22 @@ def test_losses_are_read_after_the_step_is_under_way(monkeypatch: pytest.MonkeyP
     assert seen == ["step", "read"] * 3
 
 
+@pytest.mark.parametrize(("rhythm", "order"), [("together", "fbfb"), ("mixed", "fb")])
+def test_a_split_goes_back_before_the_next_goes_forward(rhythm: str, order: str):
+    """Its activations are then gone: the peak holds those of one split, not of all. One joint pass has one way back."""
+    case, seen = make_case(), []
+    layer = next(m for m in case.model.modules() if isinstance(m, nn.Linear))
+    layer.register_forward_hook(lambda *_: seen.append("f") if torch.is_grad_enabled() else None)
+    layer.register_full_backward_hook(lambda *_: seen.append("b"))
+    plan = Plan(
+        Term(likelihood(), on="forget", weight=0.5), Term(likelihood(), on="retain"), optimizer=SGD, epochs=1, batch_size=4,
+        rhythm=rhythm,
+    )  # fmt: skip
+    execute(plan, case, in_place=True, floor=None)
+    assert "".join(seen).startswith(order) and "".join(seen).count("b") > 1
+    assert "".join(seen).replace(order, "") == ""
+
+
 def test_choices_are_counted_where_the_columns_are():
     batch = Batch(torch.arange(3), {"inputs": torch.empty(3, 2, device="meta")})
     assert Classification().choices(batch).device.type == "meta"

@@ -49,17 +49,20 @@ class Gradients:
         hard = [a for a in self.adversaries if a.space == "weights"]
         with self.distribution.autocast():
             if not hard and self.plan.balance is None:
-                total: Tensor | None = None
                 means = {}
-                for i in chosen:
-                    means[i] = self.value(i, steps[terms[i].on]).mean()
-                    weighted = means[i] if factor[i] == 1.0 else factor[i] * means[i]
-                    total = weighted if total is None else total + weighted
-                if total is not None and parameters:
-                    if total.requires_grad:
+                # A split's graph is gone before the next one's forward pass: activations of one split at a time
+                for which in [chosen] if self._tied(chosen, steps) else self._groups(chosen):
+                    total: Tensor | None = None
+                    for i in which:
+                        mean = self.value(i, steps[terms[i].on]).mean()
+                        means[i] = mean.detach()
+                        weighted = mean if factor[i] == 1.0 else factor[i] * mean
+                        total = weighted if total is None else total + weighted
+                    if total is not None and parameters and total.requires_grad:
                         total.backward()
+                if parameters:
                     self.distribution.reduce([p.grad for p in parameters if p.grad is not None])
-                return {i: m.detach() for i, m in means.items()}
+                return means
 
             def take(which: list[int], again: bool) -> list[Tensor]:
                 fresh = run_anew(steps) if again else steps
@@ -110,6 +113,11 @@ class Gradients:
         """`put`'s losses as numbers, over all processes. To read one waits for the device: ask after the optimizer's step, or the
         device stands still while the step is prepared."""
         return {i: self.distribution.mean(float(v), weights[self.plan.terms[i].on]) for i, v in losses.items()}
+
+    def _tied(self, chosen: list[int], steps: dict[str, Step]) -> bool:
+        """Whether splits share a graph: they go through the model together, or a term reads another split's step."""
+        told = [self.plan.terms[i] for i in chosen]
+        return any(steps[t.on].joint is not None or getattr(t.objective, "beside", ()) for t in told)
 
     def _groups(self, chosen: list[int]) -> list[list[int]]:
         """With a balance every term is a task of its own; without, the terms of one split share a backward pass."""

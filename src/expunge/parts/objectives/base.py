@@ -16,11 +16,13 @@ class Objective:
     reads: what it reads of which reference, e.g. (("original", "loss"),); one of loss, output, features. The engine makes
         that available as cheaply as it can.
     layers: names of submodules whose activations it reads (`step.features`).
+    beside: other splits of the same update whose steps it reads (`step.peers`).
     needs: what the case must have beyond the splits, by the names of `methods.registry.NEEDS`.
     """
 
     reads: tuple[tuple[str, str], ...] = ()
     layers: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def prepare(self, workbench: Any, split: str) -> Any:
         """Called once before the first step with the model as it is then; what it returns is `step.scratch["memory"]`.

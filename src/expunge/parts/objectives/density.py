@@ -156,6 +156,10 @@ class Align(Objective):
     def reads(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
         return ((self.reference, "features"),)
 
+    @property
+    def beside(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.push,)
+
     def __call__(self, step: Step) -> PerExample:
         if self.push not in step.peers:
             raise BadSetting(
