@@ -245,7 +245,13 @@ def run(
     battery = () if attacks is False else find_attacks(None if attacks is True else attacks, "diffusion")
     asked: list[Any] = [
         *(a.name for a in battery if a.name in known_checks("diffusion") and a.name != ATTACK),
-        *([{"name": ATTACK, "p4d": True}] if p4d else [ATTACK] if prompts or any(a.name == ATTACK for a in battery) else []),
+        *(
+            [{"name": ATTACK, "p4d": True}]
+            if p4d
+            else [ATTACK]
+            if prompts or any(a.name == ATTACK for a in battery)
+            else []
+        ),
     ]
     found: dict[str, Comparison] = {}
     for text in targets:
