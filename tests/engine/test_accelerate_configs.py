@@ -1,6 +1,6 @@
 """The ready files of configs/accelerate: read by accelerate's own loader, and launched on two processes (gloo, CPU).
 
-DeepSpeed's is only read: it has no CPU build here. FSDP2's is launched where EXPUNGE_TEST_SHARDS is set (`make test-shards`).
+DeepSpeed's is only read: it has no CPU build here. The others are launched where EXPUNGE_TEST_SHARDS is set (`make test-shards`).
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def run(case: Path, out: Path, *launcher: str) -> tuple[list[dict], dict[str, to
     return [json.loads(line)["losses"] for line in lines], load_file(out / "model" / "model.safetensors")
 
 
+@SHARDS
 @pytest.mark.parametrize(
-    ("name", "precision", "close"), [("ddp", "no", 1e-5), pytest.param("fsdp2", "no", 1e-5, marks=SHARDS),
-    pytest.param("fsdp2", "bf16", 2e-3, marks=SHARDS)],
+    ("name", "precision", "close"), [("ddp", "no", 1e-5), ("fsdp2", "no", 1e-5), ("fsdp2", "bf16", 2e-3)],
 )  # fmt: skip
 def test_a_launch_by_the_file_gives_what_one_process_gives(name, precision, close, case_file, tmp_path):
     """In float32 to 1e-5; FSDP2's file asks for bfloat16, whose losses agree to its rounding (relative)."""
