@@ -102,6 +102,8 @@ def test_one_pass_scores_find_the_members_of_the_original_and_none_of_the_retrai
         ]
         low, high = row.intervals["retrained"]
         assert abs(pair[0] - pair[1]) == pytest.approx(row.floor) and row.floor < high - low, name
+        # ... and on a model that never saw the rows a score knows no more than that
+        assert abs(row.retrained - 0.5) <= max(row.floor, (high - low) / 2), name
         assert row.original > row.retrained + 0.2, name
 
 
