@@ -69,12 +69,14 @@ def test_attacks_have_power_on_the_original_and_none_on_the_retrained_model():
 
 
 def test_sharpness_awareness_comes_back_less_in_every_seed():
-    """smooth.md: NPO with SAM recovers less than NPO at equal steps, and keeps as much."""
+    """smooth.md: NPO with SAM (rho 0.05) recovers below 0.65 of what NPO does at equal steps, and keeps as much."""
     sam = sections("language")["sam"]
     seeds = sorted({row.split(",")[0] for row in sam.rows})
-    less = [number(sam, f"{s}, npo + sam", "relearned") < number(sam, f"{s}, npo", "relearned") for s in seeds]
+    back = {s: [number(sam, f"{s}, npo{with_}", "relearned") for with_ in (" + sam", "")] for s in seeds}
+    less = [own < plain for own, plain in back.values()]
     assert len(seeds) >= 5 and binomtest(sum(less), len(less), alternative="greater").pvalue < 0.05
     for s in seeds:
+        assert back[s][0] < 0.65 * back[s][1]
         assert number(sam, f"{s}, npo + sam", "P retain") == pytest.approx(
             number(sam, f"{s}, npo", "P retain"), abs=0.02
         )
@@ -87,12 +89,21 @@ def test_memorised_plays_are_told_from_unseen_ones():
 
 
 def test_erasers_of_a_class_redirect_and_ascent_destroys():
-    """salun-generation.md: ahead of ascent; baselines.md: the class is gone and the other nine are there."""
-    rows = read((RESULTS / "class_erasers.md").read_text("utf-8").replace("# class_erasers\n", "\n## rows\n"))["rows"]
-    for name in ("salun_generation", "erasediff", "scissorhands", "selective_amnesia", "sfd"):
-        assert number(rows, name, "UA") == 100 and number(rows, name, "IRA") >= 99
+    """salun-generation.md: UA >= 95 at a retain accuracy of the base's less 3, 50 above fine-tuning, retain 30 above ascent's; the mask
+    does not show in either at this size. baselines.md: the class is gone and the other nine are there."""
+    rows = sections("class_erasers")["erasers"]
+    base, left = number(rows, "original", "IRA"), number(rows, "fine_tune", "UA")
+    masked, free = "salun_generation (density=0.5)", "salun_generation (density=1.0)"
+    for name in (masked, free, "erasediff", "scissorhands", "selective_amnesia"):
+        assert number(rows, name, "UA") >= max(95, left + 50) and number(rows, name, "IRA") >= base - 3
+        assert number(rows, name, "IRA") >= number(rows, "grad_ascent", "IRA") + 30
         assert number(rows, name, "FID") < number(rows, "grad_ascent", "FID") / 10
-    assert number(rows, "grad_ascent", "IRA") < 50 and number(rows, "fine_tune", "UA") == 0
+    assert number(rows, masked, "one other") >= 80  # drawn as what it was told to be
+    for column in ("FID", "KID"):  # what the mask is for, at equal UA
+        assert number(rows, masked, column) < number(rows, free, column)
+    assert number(rows, "doco (surgery=true)", "IRA") > number(rows, "doco (surgery=none)", "IRA") + 20
+    sfd = sections("class_erasers")["distillation"]
+    assert number(sfd, "sfd", "UA") == 100 and number(sfd, "sfd", "IRA") >= 90
 
 
 def test_a_search_of_words_beats_random_words_and_finds_nothing_in_the_retrained_model():
@@ -102,7 +113,11 @@ def test_a_search_of_words_beats_random_words_and_finds_nothing_in_the_retrained
     for name in ("esd", "uce"):
         before, random, searched = (number(red, name, c) for c in ("ASR unattacked", "random words", "ASR"))
         assert before <= random < searched
-    for name in ("salun_generation", "concept_ablation", "doco", "erasediff"):
+    for name in ("seot (start=0.0)", "sld (preset=medium)"):  # behind a guard the weights are what they were
+        assert number(red, name, "random words") + 20 < number(red, name, "ASR")
+    assert number(red, "seot (start=0.0)", "other wordings") == 100
+    assert all(number(red, "fine_tune", c) == 100 for c in ("ASR unattacked", "ASR"))
+    for name in ("salun_generation", "concept_ablation", "doco", "erasediff", "scissorhands"):
         assert number(red, name, "UA") > 95 and number(red, name, "ASR") < number(red, "uce", "ASR") / 2
     assert number(red, "uce", "UA") - number(red, "uce", "UA, other words") > 20  # the second word is a route
 
