@@ -190,7 +190,7 @@ def test_a_table_has_the_kept_sequences_of_this_and_earlier_commands(bench: Benc
     monkeypatch.setattr(unlearncanvas, "run", partial(unlearncanvas.run, checks=LITTLE))
     given = {
         "small": True, "model": None, "retrained": None, "second": None, "data": None, "judges": None, "attacks": False, "prompts": False,
-        "p4d": False, "samples": 0, "show_forgotten": False, "workers": 1, "table": tmp_path / "table.md",
+        "p4d": False, "told_attacks": "none", "samples": 0, "show_forgotten": False, "workers": 1, "table": tmp_path / "table.md",
     }  # fmt: skip
     canvas.bench("uce", [0], tmp_path / "runs", targets="red,three", sequence=True, **given)
     canvas.bench("uce", [0], tmp_path / "runs", targets="red", sequence=False, **given)
