@@ -16,6 +16,7 @@ import expunge.parts.references
 from expunge import Case, Optimizer, Plan, Regression, Term, Training, requests, unlearn
 from expunge.engine import RunDirectory, Workbench, execute, fit, run_plan
 from expunge.engine.checkpoint import Checkpointer
+from expunge.engine.optimizer import MaskedOptimizer
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.parts import (
     Auxiliary,
@@ -33,6 +34,8 @@ from expunge.parts import (
     utility_floor,
 )
 from expunge.parts import fit as likelihood
+from expunge.parts.objectives.density import align, contrast
+from expunge.parts.objectives.wrapped import Clean
 from expunge.tasks import Classification
 from expunge.tasks.base import Batch
 
@@ -352,7 +355,6 @@ def test_two_processes_make_the_update_of_one(tmp_path):
 def test_losses_are_read_after_the_step_is_under_way(monkeypatch: pytest.MonkeyPatch):
     """On a GPU to read a number is to wait, and a step that is only then prepared leaves the device idle."""
     from expunge.engine.gradients import Gradients
-    from expunge.engine.optimizer import MaskedOptimizer
 
     seen: list[str] = []
     step, read = MaskedOptimizer.step, Gradients.read
@@ -376,6 +378,38 @@ def test_a_split_goes_back_before_the_next_goes_forward(rhythm: str, order: str)
     execute(plan, case, in_place=True, floor=None)
     assert "".join(seen).startswith(order) and "".join(seen).count("b") > 1
     assert "".join(seen).replace(order, "") == ""
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, Clean], ids=["plain", "wrapped"])
+def test_a_term_that_reads_another_splits_step_keeps_its_graph(wrap):
+    """Going back split by split would free the forget rows' graph under the term that reads them beside its own; the gradient is
+    autograd's of the whole sum."""
+    case = make_case()
+    terms = Term(wrap(align("0")), on="retain"), Term(ascend(), on="forget", weight=0.5)
+    bench = Workbench(case, copy.deepcopy(case.model), 0)
+    seen: list[list[torch.Tensor]] = []
+    step = MaskedOptimizer.step
+
+    def caught(self):
+        seen.append([p.grad.clone() for p in self.parameters])
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MaskedOptimizer, "step", caught)
+        run_plan(Plan(*terms, optimizer=SGD, batch_size=40, epochs=1, mode="eval", rhythm="together"), bench)
+    model, old = copy.deepcopy(case.model).eval(), copy.deepcopy(case.model).eval()
+    x, y = case.data.column("inputs"), case.data.column("labels")
+
+    def turned(rows: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            before = old[0](x[rows])
+        return 1 - F.cosine_similarity(model[0](x[rows]), before, dim=1)
+
+    forget, retain = case.splits["forget"].ids, case.splits["retain"].ids
+    whole = (contrast(turned(retain), turned(forget), 20.0) * len(retain)).mean()
+    whole = whole - 0.5 * F.cross_entropy(model(x[forget]), y[forget])
+    found = torch.autograd.grad(whole, list(model.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(seen[0], found, strict=True))
 
 
 def test_choices_are_counted_where_the_columns_are():

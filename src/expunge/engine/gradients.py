@@ -117,7 +117,7 @@ class Gradients:
     def _tied(self, chosen: list[int], steps: dict[str, Step]) -> bool:
         """Whether splits share a graph: they go through the model together, or a term reads another split's step."""
         told = [self.plan.terms[i] for i in chosen]
-        return any(steps[t.on].joint is not None or getattr(t.objective, "beside", ()) for t in told)
+        return any(steps[t.on].joint is not None or t.objective.beside for t in told)
 
     def _groups(self, chosen: list[int]) -> list[list[int]]:
         """With a balance every term is a task of its own; without, the terms of one split share a backward pass."""

@@ -184,10 +184,10 @@ class Phase:
         self.labels = _labels((*plan.terms, *(goal for a in self.adversaries for goal in a.goal)))
         self.labels += [f"{s.player.name}: {label}" for s in self.seats for label in _labels(s.player.terms)]
         self.active_of: tuple[int, list[int]] = (-1, [])
-        self.layers = {
-            name: tuple(sorted({layer for t in self.terms if t.on == name for layer in t.objective.layers}))
-            for name in plan.splits
+        readers = {
+            name: [t.objective for t in self.terms if name in (t.on, *t.objective.beside)] for name in plan.splits
         }
+        self.layers = {name: tuple(sorted({x for r in read_by for x in r.layers})) for name, read_by in readers.items()}
         self.optimizers: list[MaskedOptimizer] = []
         self._measure, self._measure_original = Measured(workbench, lambda: self.trained), of_original(workbench)
         self.resumed_mean: list[Tensor] = []

@@ -27,6 +27,10 @@ class Wrapped(Objective):
     def layers(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.layers
 
+    @property
+    def beside(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.beside
+
     def prepare(self, workbench: Any, split: str) -> Any:
         return self.inner.prepare(workbench, split)
 
@@ -75,6 +79,10 @@ class OneOf(Objective):
     @property
     def layers(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(dict.fromkeys(layer for choice in self.choices for layer in choice.layers))
+
+    @property
+    def beside(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(dict.fromkeys(split for choice in self.choices for split in choice.beside))
 
     def prepare(self, workbench: Any, split: str) -> Any:
         return [choice.prepare(workbench, split) for choice in self.choices]
