@@ -71,13 +71,11 @@ bench-language-gpu: .venv/.installed ## the language ratios on a GPU, after benc
 bench-gpu: .venv/.installed ## loop, memory, ensembles, bf16 and unlearning time on a CUDA device (EXPUNGE_DATA)
 	$(RUN) -m expunge.benchmarks.gpu
 	$(RUN) -m expunge.benchmarks.speed --device cuda --rows 20000 --trained 80 --skip lat smooth_npo ntk_forgetting prune_first
-ATTACKED := esd,uce,concept_ablation,salun_generation,doco,erasediff,advunlearn,advunlearn:attack_steps=0,advunlearn:retain_w=0.0
+ERASERS := esd,uce,concept_ablation,salun_generation,doco,erasediff,advunlearn,advunlearn:attack_steps=0,advunlearn:retain_w=0.0
 OTHERS := grad_ascent,fine_tune,spm,sld,sld:preset=max,seot,seot:start=0.2,negative_prompt,forget_me_not,scissorhands,selective_amnesia
-CANVAS := $(RUN) -m expunge bench canvas --targets red --seeds 3 --no-attacks --table benchmarks-results/canvas.md
 bench-canvas: .venv/.installed ## UnlearnCanvas on the embedded text model: erasers, prompt attacks, controls, three seeds
-	$(CANVAS) --methods $(ATTACKED) --prompt-attacks
-	$(CANVAS) --methods $(OTHERS)
-bench-class-erasers: .venv/.installed ## a digit out of the class-conditional toy: erasers and generic methods, two seeds
+	$(RUN) -m expunge bench canvas --targets red --seeds 3 --attacks none --prompt-attacks --methods $(ERASERS),$(OTHERS) --table benchmarks-results/canvas.md
+bench-class-erasers: .venv/.installed ## a digit out of the class-conditional toy: erasers and generic methods, three seeds
 	$(RUN) -m expunge.benchmarks.class_erasers
 bench-language: .venv/.installed ## every language method on the embedded model (EXPUNGE_DATA): one budget, one level, SAM
 	for table in fixed attacks matched muse sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
