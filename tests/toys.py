@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_diabetes, load_digits
@@ -243,6 +244,15 @@ def tiny_llama(vocabulary: int, width: int = 32, layers: int = 2):
         pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
+
+
+def tiny_llama_folder(folder: Path) -> Path:
+    """A tiny Llama with the words' tokenizer, as transformers saves them."""
+    words = words_tokenizer()
+    torch.manual_seed(0)
+    tiny_llama(len(words), width=16).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 def language_table(people: range):

@@ -8,12 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import gan_ring
-from expunge.cli.main import app
+from command_line import command, written
 from gan_ring import FORGET, build, real_case, ring, shares
 
 RECIPE = {"epochs": 40, "batch_size": 64, "optimizer": {"name": "adam", "lr": 0.002, "betas": [0.0, 0.99]}}
@@ -32,16 +30,8 @@ def case_file(tmp_path, monkeypatch):
         "method": {"name": "adapt_then_unlearn", "steps": 60, "adapt_steps": 40, "copies": 1, "ewc": 1.0, "r1": 1.0, "alpha": 300.0,
                    "gamma": 0.05, "batch_size": 32, "lr": 0.001, "half_life": 600},
     }  # fmt: skip
-    file = tmp_path / "case.yaml"
-    file.write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
-    return file
-
-
-def command(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == code, result.output
-    return result.output
+    return written(tmp_path, content)
 
 
 def test_a_run_ends_in_weights_of_the_same_pair_and_an_audit_by_another_judge(case_file, tmp_path):

@@ -7,19 +7,14 @@ import json
 import pytest
 import torch
 import transformers
-import yaml
-from typer.testing import CliRunner
 
-from expunge.cli.main import app
-from toys import facts, tiny_llama, words_tokenizer
+from command_line import command, written
+from toys import facts, tiny_llama_folder
 
 
 @pytest.fixture
 def case_file(tmp_path):
-    words = words_tokenizer()
-    torch.manual_seed(0)
-    tiny_llama(len(words), width=16).save_pretrained(tmp_path / "model")
-    words.save_pretrained(tmp_path / "model")
+    tiny_llama_folder(tmp_path / "model")
     for name, people in (("train", range(6)), ("unseen", range(30, 34))):
         rows = zip(*facts(people), strict=True)
         lines = [json.dumps({"q": q, "a": a, "person": p}) for q, a, p in rows]
@@ -32,15 +27,7 @@ def case_file(tmp_path):
         "recipe": {"epochs": 1, "batch_size": 8, "optimizer": {"name": "adamw", "lr": 0.01}},
         "method": {"name": "idk", "lr": 0.01, "epochs": 2, "batch_size": 4},
     }  # fmt: skip
-    file = tmp_path / "case.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file
-
-
-def command(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == code, result.output
-    return result.output
+    return written(tmp_path, content)
 
 
 def test_a_run_ends_in_a_folder_that_transformers_loads(case_file, tmp_path):

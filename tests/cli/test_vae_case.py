@@ -8,13 +8,11 @@ import json
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import tiny_vae
+from command_line import command, written
 from expunge import Vae
-from expunge.cli.main import app
 from tiny_vae import TinyVae, images
 from toys import toy
 
@@ -36,16 +34,8 @@ def case_file(tmp_path, monkeypatch):
         "method": {"name": "selective_amnesia", "lam": 1.0, "samples": 20, "images": 200, "steps": 200, "lr": 0.003,
                    "batch_size": 32, "clip": None},
     }  # fmt: skip
-    file = tmp_path / "case.yaml"
-    file.write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
-    return file
-
-
-def command(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == code, result.output
-    return result.output
+    return written(tmp_path, content)
 
 
 def test_a_run_ends_in_weights_of_the_same_module_that_no_longer_draw_the_class(case_file, tmp_path):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from safetensors.torch import load_file
 
-from toys import facts, tiny_llama, words_tokenizer
+from command_line import written
+from toys import facts, tiny_llama_folder
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "accelerate").glob("*.yaml"))
 KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
@@ -52,10 +52,7 @@ def test_a_key_that_accelerate_does_not_know_is_refused(tmp_path):
 
 @pytest.fixture
 def case_file(tmp_path):
-    words = words_tokenizer()
-    torch.manual_seed(0)
-    tiny_llama(len(words), width=16).save_pretrained(tmp_path / "model")
-    words.save_pretrained(tmp_path / "model")
+    tiny_llama_folder(tmp_path / "model")
     rows = [json.dumps({"q": q, "a": a, "person": p}) for q, a, p in zip(*facts(range(6)), strict=True)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     content = {
@@ -64,8 +61,7 @@ def case_file(tmp_path):
         "request": {"where": ["person", "==", 5]},
         "method": {"name": "npo", "lr": 0.01, "epochs": 3, "batch_size": 2},
     }  # fmt: skip
-    (tmp_path / "case.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path / "case.yaml"
+    return written(tmp_path, content)
 
 
 def run(case: Path, out: Path, *launcher: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
