@@ -243,16 +243,10 @@ def run(
     """
     bench = bench or mini(small)
     battery = () if attacks is False else find_attacks(None if attacks is True else attacks, "diffusion")
-    asked: list[Any] = [
-        *(a.name for a in battery if a.name in known_checks("diffusion") and a.name != ATTACK),
-        *(
-            [{"name": ATTACK, "p4d": True}]
-            if p4d
-            else [ATTACK]
-            if prompts or any(a.name == ATTACK for a in battery)
-            else []
-        ),
-    ]
+    names = [a.name for a in battery]
+    asked: list[Any] = [name for name in names if name in known_checks("diffusion") and name != ATTACK]
+    if p4d or prompts or ATTACK in names:
+        asked.append({"name": ATTACK, "p4d": True} if p4d else ATTACK)
     found: dict[str, Comparison] = {}
     for text in targets:
         for seed in seeds:
