@@ -60,7 +60,7 @@ def one(out: Path, mode: str, name: str, plan: Plan, **more) -> dict:
     Distribution.shard = lambda self, model: seen.append(is_cut(shard(self, model))) or model
     try:
         case = language_case().with_(task=Language(chunk=4))
-        result = execute(plan, case, seed=3, device="cpu", **more)
+        result = execute(plan, case, seed=3, device="cpu" if torch.cuda.is_available() else None, **more)
     finally:
         Distribution.shard = shard
     assert type(result.model) is type(case.model)
@@ -68,7 +68,12 @@ def one(out: Path, mode: str, name: str, plan: Plan, **more) -> dict:
     if not follows():
         state = {k: v.contiguous().clone() for k, v in result.model.state_dict().items()}
         save_file(state, out / f"{mode}-{name}.safetensors")
-    return {"history": result.trace.history, "ended": result.trace.ended, "sharded": all(seen)}
+    return {
+        "history": result.trace.history,
+        "ended": result.trace.ended,
+        "sharded": all(seen),
+        "processes": result.notes.get("processes"),
+    }
 
 
 def is_cut(model: torch.nn.Module) -> bool:

@@ -64,15 +64,20 @@ def case_file(tmp_path):
     return written(tmp_path, content)
 
 
-def run(case: Path, out: Path, *launcher: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """(losses of each update, weights) of a run of the command line."""
+def run(case: Path, out: Path, *launcher: str) -> tuple[list[dict], dict[str, torch.Tensor], str]:
+    """(losses of each update, weights, what it says of its processes) of a run of the command line."""
     arguments = ["-m", "expunge", "run", str(case), "--no-audit", "--out", str(out), "floor=null"]
     done = subprocess.run(
         [sys.executable, *launcher, *arguments], env=ENVIRONMENT, cwd=out.parent, capture_output=True, text=True, timeout=240
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["losses"] for line in lines], load_file(out / "model" / "model.safetensors")
+    record = json.loads((out / "outcome.json").read_text())["record"]
+    return (
+        [json.loads(line)["losses"] for line in lines],
+        load_file(out / "model" / "model.safetensors"),
+        str(record["notes"].get("processes", "1")),
+    )
 
 
 @SHARDS
@@ -81,7 +86,7 @@ def run(case: Path, out: Path, *launcher: str) -> tuple[list[dict], dict[str, to
 )  # fmt: skip
 def test_a_launch_by_the_file_gives_what_one_process_gives(name, precision, close, case_file, tmp_path):
     """In float32 to 1e-5; FSDP2's file asks for bfloat16, whose losses agree to its rounding (relative)."""
-    losses, weights = run(case_file, tmp_path / "one")
+    losses, weights, alone = run(case_file, tmp_path / "one")
     file = next(f for f in FILES if f.stem == name)
     launch = [
         "-m",
@@ -93,7 +98,8 @@ def test_a_launch_by_the_file_gives_what_one_process_gives(name, precision, clos
         "--mixed_precision",
         precision,
     ]
-    found, both = run(case_file, tmp_path / "two", *launch, "--main_process_port", "0")
+    found, both, joined = run(case_file, tmp_path / "two", *launch, "--main_process_port", "0")
+    assert alone == "1" and joined == ("2, each with a copy" if name == "ddp" else "2, weights cut over them")
     assert len(found) == len(losses) == 6
     for mine, theirs in zip(found, losses, strict=True):
         for term, loss in theirs.items():

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from expunge.engine.distribution import Distribution, fitted
+from expunge.errors import BadSetting
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "1",
-    "HF_HUB_OFFLINE": "1",
+    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 SHARDS = pytest.mark.skipif(
     not os.environ.get("EXPUNGE_TEST_SHARDS"), reason="needs EXPUNGE_TEST_SHARDS (make test-shards)"
@@ -60,6 +60,7 @@ def test_two_processes_give_the_losses_of_one(runs, mode):
     for name in one.keys() & two[mode].keys():
         found = two[mode][name]
         assert found["sharded"] == (mode == "shards"), name
+        assert found["processes"] == ("2, weights cut over them" if mode == "shards" else "2, each with a copy"), name
         assert found["ended"] == one[name]["ended"], name
         assert len(found["history"]) == len(one[name]["history"])
         for mine, theirs in zip(found["history"], one[name]["history"], strict=True):
@@ -88,6 +89,25 @@ def test_a_run_of_two_processes_goes_on_from_its_checkpoint(runs, mode):
     a, b = (load_file(folder / "two" / f"{mode}-{name}.safetensors") for name in ("npo", "resumed"))
     assert two[mode]["resumed"]["history"] == two[mode]["npo"]["history"]
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_processes_that_do_not_work_together_are_refused(monkeypatch):
+    """Each would do the whole work, and the result would look right: accelerate does so on CPUs unless it is told of them."""
+    asked: list[bool] = []
+
+    class Alone:
+        num_processes, process_index, device, state = 1, 0, torch.device("cpu"), None
+
+        def __init__(self, cpu, **_):
+            asked.append(cpu)
+
+    monkeypatch.setattr("accelerate.Accelerator", Alone)
+    monkeypatch.setattr("expunge.engine.distribution._devices", lambda: False)
+    assert Distribution.make().count == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadSetting, match="expected 2 processes to work together, found 1"):
+        Distribution.make()
+    assert asked == [False, True]
 
 
 def test_one_process_needs_none_of_it():

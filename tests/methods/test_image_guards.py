@@ -18,10 +18,10 @@ from expunge.methods import find
 from expunge.parts.attention_maps import attention_maps
 from expunge.parts.concept_adapters import ConceptAdapters, adapted_layers
 from expunge.parts.guarded import load_guard
-from expunge.parts.guarded_diffusion import PRESETS, NegativePrompt, SafeGuidance, Safety, SoftEndTokens, softened
+from expunge.parts.guarded_diffusion import PRESETS, NegativePrompt, SafeGuidance, Safety, Seen, SoftEndTokens, softened
 from expunge.parts.objectives.attention_norm import attention_norm
 from expunge.parts.objectives.random_conditions import drawn_embeddings, keep_around
-from expunge.tasks.sampling import Sampling, sample
+from expunge.tasks.sampling import Sampling, denoised, sample
 from tiny_pipelines import class_case, text_case
 
 RED, PLAIN = "a red three", "a plain three"
@@ -36,7 +36,7 @@ def guards():
     model = shared("text")
     return {
         "negative_prompt": NegativePrompt(model, "red"), "safe_guidance": SafeGuidance(model, "red", PRESETS["max"]),
-        "soft_end_tokens": SoftEndTokens(model, "red | crimson", 0.5, 0.25),
+        "soft_end_tokens": SoftEndTokens(model, "red | crimson", 0.5, 0.25, iterations=2),
     }  # fmt: skip
 
 
@@ -205,6 +205,81 @@ def test_the_concepts_and_all_end_positions_are_softened_together_and_nothing_el
         assert not torch.allclose(soft[chosen], own[chosen], atol=1e-2)
     own, soft = guard.encode(model.conditions.of(PLAIN))[0].chunk(2)
     assert torch.equal(own, soft)
+
+
+def test_the_loss_of_maps_is_the_slow_loop_over_tokens_and_pixels():
+    """Source (2402.05375, eq. 5-8): every word's cross-attention, and the self-attention to each pixel of that word's mask."""
+    rng = torch.Generator().manual_seed(0)
+    before, now = (Seen(*(torch.rand(2, 16, width, generator=rng).softmax(-1) for width in (6, 16))) for _ in range(2))
+    role = torch.tensor([[0.0, 1.0, -0.5, 1.0, 0.0, 0.0], [0.0] * 6])
+    apart = lambda a, b: 1 - float(a @ b / (a.norm() * b.norm()))  # noqa: E731
+    wanted, pixels = 0.0, 0
+    for token, weight in enumerate(role[0].tolist()):
+        if not weight:
+            continue
+        seen = before.words[0, :, token]
+        wanted += weight * apart(now.words[0, :, token], seen)
+        for pixel in range(16):
+            if seen[pixel] >= (0.85 if weight < 0 else 0.95) * seen.max():
+                wanted += weight * apart(now.itself[0, :, pixel], before.itself[0, :, pixel])
+                pixels += 1
+    found = now.moved(before, role)
+    assert pixels > 3 and float(found[0]) == pytest.approx(wanted, abs=1e-5) and float(found[1]) == 0
+    assert float(before.moved(before, role).abs().max()) < 1e-5
+
+
+def optimised(model, prompts, **settings):
+    """(images, loss before and after the iterations of every optimised step, source's latents) of a guard."""
+    guard, seen = SoftEndTokens(model, "red", start=0.2, **settings), []
+    inner = guard.optimised
+
+    def watched(noisy, source, timestep, own, soft, role, rate):
+        found = inner(noisy, source, timestep, own, soft, role, rate)
+        losses = []
+        for embeddings in (soft, found):
+            with torch.no_grad(), attention_maps(model, own=True) as maps:
+                model(source, timestep, own)
+                before = Seen.of(maps, 4)
+                model(noisy, timestep, embeddings)
+                losses.append(Seen.of(maps, 4).moved(before, role))
+        seen.append((*losses, source, rate))
+        return found
+
+    guard.optimised = watched
+    return drawn(guard, prompts, steps=10), seen
+
+
+def test_optimised_embeddings_move_the_concepts_maps_and_leave_other_prompts_alone():
+    model = shared("text")
+    weights = digest_weights(model.state_dict())
+    plain = drawn(SoftEndTokens(model, "red"), [RED, PLAIN], steps=10)
+    images, seen = optimised(model, [RED, PLAIN], iterations=3)
+    assert [rate for *_, rate in seen] == pytest.approx([20 * (1 - 0.9 * i / 9) ** 0.5 for i in (2, 3)])
+    for before, after, _, _ in seen:
+        assert float(after[0]) < float(before[0]) and float(after[1]) == float(before[1]) == 0
+    assert not torch.allclose(images[0], plain[0], atol=1e-4)
+    assert torch.allclose(images[1], plain[1], atol=1e-6)
+    assert digest_weights(model.state_dict()) == weights
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_the_maps_to_stay_near_are_of_the_bare_models_own_way(scheduler):
+    model, ways = shared("text"), []
+    encoded = model.encode(model.conditions.of([RED]))
+    sampling = Sampling(10, 3.0, scheduler=scheduler)
+    null = model.encode(model.conditions.of([""]))
+    noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(5))
+    guard = SoftEndTokens(model, "red", iterations=1, until=0.5)
+    inner = guard.optimised
+    guard.optimised = lambda noisy, source, *rest: (ways.append(source), inner(noisy, source, *rest))[1]
+    with torch.no_grad():
+        bare = {}
+        denoised(model, encoded, null, noise, sampling, [5], watch=lambda n, x: bare.update({n + 1: x}))
+        own = [guard.encode(model.conditions.of([prompt])) for prompt in (RED, "")]
+        denoised(guard, *own, noise, sampling, [5])
+    assert len(ways) == 3
+    for number, source in enumerate(ways, start=2):
+        assert torch.allclose(source, bare[number], atol=1e-5)
 
 
 def test_more_tokens_before_a_prompt_move_its_columns():

@@ -51,7 +51,14 @@ class Distribution:
             raise BadSetting(
                 f"expected mixed_precision, one of no, {', '.join(PRECISIONS)}, found {mixed_precision!r}; use one of them"
             )
-        accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=folder)
+        # accelerate joins processes over gloo only where it is told that they run on CPUs; else each would do the whole work alone
+        cpu = device == "cpu" or (device is None and launched() > 1 and not _devices())
+        accelerator = Accelerator(cpu=cpu, log_with=trackers or None, project_dir=folder)
+        if accelerator.num_processes != launched():
+            raise BadSetting(
+                f"expected {launched()} processes to work together, found {accelerator.num_processes} joined on "
+                f"{accelerator.device}; launch with one of configs/accelerate, or run in one process"
+            )
         if device is not None and torch.device(device).type != accelerator.device.type:
             raise BadSetting(
                 f"expected the device {device}, found {accelerator.device.type} alone; leave the device out to run there"
@@ -201,6 +208,19 @@ def fitted(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
+def launched() -> int:
+    """How many processes a launch command started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _devices() -> bool:
+    """Whether there are accelerators that several processes can share out (one of Apple's is not)."""
+    found = getattr(torch, "accelerator", None)  # from torch 2.6 on
+    if found is None:
+        return torch.cuda.is_available()
+    return found.is_available() and found.current_accelerator().type != "mps"
+
+
 def follows() -> bool:
     """Whether this process is one of several and not the first: it computes, and leaves files and words to the first."""
     return int(os.environ.get("RANK", "0")) > 0
@@ -214,7 +234,7 @@ def together() -> None:
 
 def disband() -> None:
     """After the run of several processes: the first goes on alone (audits, reports), the others have nothing left to do."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched() == 1:
         return
     from accelerate.state import AcceleratorState, GradientState
 

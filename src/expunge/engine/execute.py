@@ -19,7 +19,7 @@ from torch import nn
 from expunge.cases.case import Case
 from expunge.cases.data import Split
 from expunge.engine.checkpoint import Checkpointer
-from expunge.engine.distribution import Distribution
+from expunge.engine.distribution import Distribution, launched
 from expunge.engine.loop import Trace, run_plan
 from expunge.engine.measured import Curves, after_edit
 from expunge.engine.memory import out_of_memory
@@ -78,7 +78,7 @@ def execute(
     """
     distribution = (
         Distribution.make(device, mixed_precision, trackers, str(run.path) if run else None)
-        if device not in (None, "cpu") or mixed_precision or trackers or _launched()
+        if device not in (None, "cpu") or mixed_precision or trackers or launched() > 1
         else Distribution()
     )
     if trackers and distribution.accelerator is not None:
@@ -91,6 +91,11 @@ def execute(
         case, model.to(place), seed, place, state=dict(state or {}), report=report, original=original,
         scalars=Scalars(run.path / "references") if run is not None else None,
     )  # fmt: skip
+    if distribution.count > 1:
+        bench.note(
+            "processes",
+            f"{distribution.count}, {'weights cut over them' if distribution.sharded else 'each with a copy'}",
+        )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if floor is not None and getattr(case.task, "labels", "labels") not in case.data.names:
@@ -275,12 +280,6 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
-
-
-def _launched() -> bool:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 __all__ = [

@@ -123,6 +123,8 @@ class RunDirectory:
 
     def start_metrics(self, history: list[dict[str, Any]]) -> None:
         """metrics.jsonl as it was at the checkpoint; later lines of a killed run are dropped."""
+        if self.reads_only:
+            return
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history))
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
 

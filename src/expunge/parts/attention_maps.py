@@ -1,4 +1,4 @@
-"""Cross-attention of a denoising network: where it is, where a concept's tokens stand, and what it looks at.
+"""Attention of a denoising network: where it is, where a concept's tokens stand, and what it looks at.
 
 with attention_maps(model) as maps:          # A = softmax(Q K' / sqrt(d)) of every attn2, with its gradient
     model(noisy, timestep, encoded)
@@ -49,9 +49,11 @@ def end_of(conditions: Any, row: Tensor) -> int:
 
 
 @contextmanager
-def attention_maps(model: Any) -> Iterator[dict[str, Tensor]]:
+def attention_maps(model: Any, own: bool = False) -> Iterator[dict[str, Tensor]]:
     """Within it, every forward leaves the attention probabilities (B, heads, pixels, tokens) of each cross-attention layer, by
-    name, with their gradient. They are made again from the layer's own queries and keys, so any attention processor may run."""
+    name, with their gradient. They are made again from the layer's own queries and keys, so any attention processor may run.
+
+    own: of the self-attention layers beside them as well (attn1), (B, heads, pixels, pixels)."""
     maps: dict[str, Tensor] = {}
     queries: dict[str, Tensor] = {}
 
@@ -66,7 +68,11 @@ def attention_maps(model: Any) -> Iterator[dict[str, Tensor]]:
 
         return [attention.to_q.register_forward_hook(query), attention.to_k.register_forward_hook(key)]
 
-    handles = [h for name, module in cross_attention(model, "attention maps").items() for h in watch(name, module)]
+    layers = cross_attention(model, "attention maps")
+    if own:
+        beside = {name.removesuffix("attn2") + "attn1" for name in layers}
+        layers |= {name: module for name, module in model.named_modules() if name in beside}
+    handles = [h for name, module in layers.items() for h in watch(name, module)]
     try:
         yield maps
     finally:

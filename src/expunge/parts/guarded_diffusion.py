@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.errors import UnmetNeed
-from expunge.parts.attention_maps import cross_attention, end_of, positions_of
+from expunge.parts.attention_maps import attention_maps, cross_attention, end_of, positions_of
 from expunge.parts.guarded import Guarded
 from expunge.tasks.denoiser import Denoiser
 
@@ -175,49 +175,117 @@ def softened(columns: Tensor, alpha: float) -> Tensor:
     return ((left * (values * torch.exp(-alpha * values))) @ right).to(columns)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a network looks at, mean over the heads and layers of one resolution: words (B, pixels, tokens), itself (B, pixels,
+    pixels), rows over the second dimension."""
+
+    words: Tensor
+    itself: Tensor
+
+    @classmethod
+    def of(cls, maps: dict[str, Tensor], pixels: float) -> Seen:
+        """Of the layers whose number of pixels is nearest to `pixels`."""
+        size = min({found.shape[2] for found in maps.values()}, key=lambda count: abs(count - pixels))
+        at = {name: found.float().mean(1) for name, found in maps.items() if found.shape[2] == size}
+        return cls(
+            *(torch.stack([m for name, m in at.items() if name.endswith(k)]).mean(0) for k in ("attn2", "attn1"))
+        )
+
+    def moved(self, before: Seen, role: Tensor) -> Tensor:
+        """(B,) eq. 5-8: sum over tokens of role times (1 - cos) of their maps, and of the self-attention to the pixels of each
+        token's mask; small where what has a positive role (B, tokens) stayed and what has a negative one moved.
+
+        A mask holds the pixels whose share of the token, `before`, is at least 0.85 (negative role) or 0.95 of the largest."""
+        tokens = 1 - torch.cosine_similarity(self.words, before.words, dim=1)
+        peaks = before.words / before.words.amax(1, keepdim=True)
+        weight = (peaks >= torch.where(role < 0, 0.85, 0.95)[:, None]) * role[:, None]
+        pixels = 1 - torch.cosine_similarity(self.itself, before.itself, dim=1)
+        return (role * tokens).sum(1) + (weight.sum(2) * pixels).sum(1)
+
+
 class SoftEndTokens(GuardedDenoiser):
     """Embeddings of the concept's tokens and of all positions from the end token on are softened, in prompts that hold the concept,
-    once `start` of the sampling is over. `encoded` is the prompt's own embeddings followed by the softened ones, (B, 2 L, d); outside
-    of a sampling (a loss) timesteps stand for its steps."""
+    once `start` of the sampling is over; until `until` of it is over they then take `iterations` steps of gradient at every step of
+    the sampling, down `Seen.moved` from what the bare model looks at on its own way from the same noise.
+
+    `encoded` is the prompt's own embeddings, the softened ones and, with iterations, each position's role: (B, 2 L or 3 L, d). Outside
+    of a sampling (a loss) timesteps stand for its steps, and nothing is optimised.
+    """
 
     saved_as = "soft_end_tokens"
+    spared, suppressed, rate = 1.0, -0.5, 20.0
+    """lambda_r, lambda_e, and the step size for generated images."""
 
-    def __init__(self, base: nn.Module, concept: str, alpha: float = 1.0, start: float = 0.2):
+    def __init__(
+        self, base: nn.Module, concept: str, alpha: float = 1.0, start: float = 0.2, iterations: int = 0, until: float = 0.4
+    ):  # fmt: skip
         super().__init__(base)
         cross_attention(base, "seot")
         positions_of(self.conditions, self.conditions.of("")[0], concept)  # what the tokenizer cannot write is refused
-        self.concept, self.alpha, self.start = concept, alpha, start
+        self.concept, self.alpha, self.start, self.iterations, self.until = concept, alpha, start, iterations, until
 
-    def columns(self, row: Tensor, ahead: int = 0) -> list[int]:
-        """Positions that are softened in a prompt (L,) with `ahead` more tokens before it; none where the concept is not in it."""
-        target = positions_of(self.conditions, row, self.concept)
-        every = [*target, *range(end_of(self.conditions, row), len(row))] if target else []
-        return [p + ahead for p in every if p + ahead < len(row)]
+    def positions(self, row: Tensor, ahead: int = 0) -> tuple[list[int], list[int], list[int]]:
+        """Positions of the concept's tokens, of the other words, and from the end token on, in a prompt (L,) with `ahead` more tokens
+        before it; none where the concept is not in it."""
+        target, end = positions_of(self.conditions, row, self.concept), end_of(self.conditions, row)
+        others = [p for p in range(1, end) if p not in target] if target else []
+        every = (target, others, list(range(end, len(row))) if target else [])
+        told, rest, ends = ([p + ahead for p in some if p + ahead < len(row)] for some in every)
+        return told, rest, ends
 
     def encode(self, condition: Tensor, prefix: Tensor | None = None, words: Tensor | None = None) -> Tensor:
         own = super().encode(condition, prefix, words)
-        ahead = 0 if prefix is None else prefix.shape[-2]
-        rows = []
-        for states, ids in zip(own, condition, strict=True):
-            chosen = self.columns(ids, ahead)
-            rows.append(states.index_copy(0, torch.tensor(chosen, device=states.device),
-                                          softened(states[chosen].T, self.alpha).T) if chosen else states)  # fmt: skip
-        return torch.cat([own, torch.stack(rows)], 1)
+        soft, role = own.clone(), torch.zeros_like(own)
+        for number, ids in enumerate(condition):
+            told, rest, ends = self.positions(ids, 0 if prefix is None else prefix.shape[-2])
+            chosen = torch.tensor(told + ends, dtype=torch.long, device=own.device)
+            if len(chosen):
+                soft[number] = own[number].index_copy(0, chosen, softened(own[number, chosen].T, self.alpha).T)
+            role[number, told], role[number, rest] = self.suppressed, self.spared
+        return torch.cat([own, soft, role] if self.iterations else [own, soft], 1)
+
+    def versions(self, encoded: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(own, softened, roles (B, tokens) or None) of what `encode` gave."""
+        own, soft, *role = encoded.chunk(3 if self.iterations else 2, 1)
+        return own, soft, role[0][..., 0] if role else None
 
     def forward(self, noisy: Tensor, timestep: Tensor, encoded: Tensor) -> Tensor:
-        own, soft = encoded.chunk(2, 1)
+        own, soft, _ = self.versions(encoded)
         late = timestep.to(encoded.device).reshape(-1, 1, 1) <= (1 - self.start) * self.horizon
         return self.base(noisy, timestep, torch.where(late, soft, own))
 
     def guided(
         self, noisy: Tensor, timestep: Tensor, encoded: Tensor, null: Tensor | None, scale: float, memory: dict[str, Any]
     ) -> Tensor:  # fmt: skip
-        half = int(memory["step"] >= self.start * memory["total"])
-        free = None if null is None else null.chunk(2, 1)[half]
-        return self.base.guided(noisy, timestep, encoded.chunk(2, 1)[half], free, scale, memory)  # type: ignore[operator]
+        own, soft, role = self.versions(encoded)
+        late, step, total = memory["step"] >= self.start * memory["total"], memory["step"], memory["total"]
+        free = None if null is None else self.versions(null)[int(late)]
+        if late and role is not None and step < self.until * total:
+            source = memory.setdefault("source", memory["trajectory"].fork())  # until now the two went the same way
+            rate = self.rate * (1 - 0.9 * step / max(total - 1, 1)) ** 0.5
+            soft = self.optimised(noisy, source.given(timestep), timestep, own, soft, role, rate)
+            source.advance(self.base.guided(source.given(timestep), timestep, own, free, scale, memory), timestep)  # type: ignore[operator]
+        return self.base.guided(noisy, timestep, soft if late else own, free, scale, memory)  # type: ignore[operator]
+
+    def optimised(
+        self, noisy: Tensor, source: Tensor, timestep: Tensor, own: Tensor, soft: Tensor, role: Tensor, rate: float
+    ) -> Tensor:  # fmt: skip
+        """Softened embeddings after their steps of gradient; rows without the concept have no role and stay."""
+        pixels = noisy[0, 0].numel() / 16  # 16 x 16 of Stable Diffusion's 64 x 64
+        with torch.enable_grad(), attention_maps(self.base, own=True) as maps:
+            with torch.no_grad():
+                self.base(source, timestep, own)
+            before = Seen.of(maps, pixels)
+            for _ in range(self.iterations):
+                soft = soft.detach().requires_grad_()
+                self.base(noisy, timestep, soft)
+                (gradient,) = torch.autograd.grad(Seen.of(maps, pixels).moved(before, role).sum(), soft)
+                soft = soft - rate * gradient
+        return soft.detach()
 
     def about(self) -> dict[str, Any]:
-        return {"concept": self.concept, "alpha": self.alpha, "start": self.start}
+        return {name: getattr(self, name) for name in ("concept", "alpha", "start", "iterations", "until")}
 
     @classmethod
     def rebuilt(cls, base: nn.Module, about: dict[str, Any], tensors: dict[str, Tensor]) -> SoftEndTokens:

@@ -249,7 +249,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Classifier-free guidance in diffusers' convention, o_0 + scale (o_c - o_0), both halves in one batch.
 
-        memory: kept over the steps of one sampling, with `step` (the index of this one) in it: for guards."""
+        memory: kept over the steps of one sampling, for guards: `step` (the index of this one), `total`, `trajectory`."""
         if null is None or scale == 1.0:
             return self(noisy, timestep, encoded)
         both = self(torch.cat([noisy, noisy]), timestep if timestep.dim() == 0 else timestep.repeat(2),

@@ -92,6 +92,41 @@ def seeds_of(seed: int, count: int) -> list[int]:
     return [derive(seed, "image", i) for i in range(count)]
 
 
+@dataclass
+class Trajectory:
+    """Latents on their way from noise to an image. noisy: (B, C, H, W). rest: what the scheduler's step takes beside them."""
+
+    stepper: Any
+    noisy: Tensor
+    rest: dict[str, Any]
+
+    @classmethod
+    def begun(cls, model: Any, noise: Tensor, sampling: Sampling, seeds: Sequence[int]) -> Trajectory:
+        stepper = sampling.stepper(model)
+        rest: dict[str, Any] = {}
+        takes = stepper.step.__code__.co_varnames[: stepper.step.__code__.co_argcount]
+        if "eta" in takes:
+            rest["eta"] = sampling.eta
+        if "generator" in takes:
+            rest["generator"] = [torch.Generator().manual_seed(derive(s, "steps")) for s in seeds]
+        return cls(stepper, noise.to(model.device) * getattr(stepper, "init_noise_sigma", 1.0), rest)
+
+    def given(self, timestep: Tensor) -> Tensor:
+        """The latents as the network takes them."""
+        scaled = getattr(self.stepper, "scale_model_input", None)
+        return self.noisy if scaled is None else scaled(self.noisy, timestep)
+
+    def advance(self, output: Tensor, timestep: Tensor) -> None:
+        self.noisy = self.stepper.step(output.float(), timestep, self.noisy, **self.rest, return_dict=False)[0]
+
+    def fork(self) -> Trajectory:
+        """Another that starts here and sees the same noise."""
+        rest = dict(self.rest)
+        if "generator" in rest:
+            rest["generator"] = [torch.Generator().set_state(g.get_state()) for g in rest["generator"]]
+        return Trajectory(copy.deepcopy(self.stepper), self.noisy, rest)
+
+
 def denoised(
     model: Any,
     encoded: Tensor,
@@ -103,24 +138,17 @@ def denoised(
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Latents (B, C, H, W) after `stop_at` steps (all of them), and the next timestep () (of the last step at the end)."""
-    stepper = sampling.stepper(model)
-    rest: dict[str, Any] = {}
-    takes = stepper.step.__code__.co_varnames[: stepper.step.__code__.co_argcount]
-    if "eta" in takes:
-        rest["eta"] = sampling.eta
-    if "generator" in takes:
-        rest["generator"] = [torch.Generator().manual_seed(derive(s, "steps")) for s in seeds]
-    noisy = noise.to(model.device) * getattr(stepper, "init_noise_sigma", 1.0)
-    memory: dict[str, Any] = {"total": sampling.steps}
-    last = len(stepper.timesteps) if stop_at is None else stop_at
-    for number, timestep in enumerate(stepper.timesteps[:last]):
+    trajectory = Trajectory.begun(model, noise, sampling, seeds)
+    memory: dict[str, Any] = {"total": sampling.steps, "trajectory": trajectory}
+    timesteps = trajectory.stepper.timesteps
+    last = len(timesteps) if stop_at is None else stop_at
+    for number, timestep in enumerate(timesteps[:last]):
         memory["step"] = number
-        given = stepper.scale_model_input(noisy, timestep) if hasattr(stepper, "scale_model_input") else noisy
-        output = model.guided(given, timestep, encoded, null, sampling.scale, memory).float()
-        noisy = stepper.step(output, timestep, noisy, **rest, return_dict=False)[0]
+        output = model.guided(trajectory.given(timestep), timestep, encoded, null, sampling.scale, memory)
+        trajectory.advance(output, timestep)
         if watch is not None:
-            watch(number, noisy)
-    return noisy, stepper.timesteps[min(last, len(stepper.timesteps) - 1)]
+            watch(number, trajectory.noisy)
+    return trajectory.noisy, timesteps[min(last, len(timesteps) - 1)]
 
 
 def sample(
