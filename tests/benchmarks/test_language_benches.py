@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from expunge.benchmarks import muse, nano, tofu
@@ -104,11 +105,138 @@ def test_muse_holds_out_windows_that_training_never_sees(brief):
 
 
 def test_scaling_forgets_nested_and_successive_folds(brief):
-    found = muse.scaling(muse.nano_muse(0), "grad_diff", {"lr": 3e-3, "epochs": 2, "batch_size": 4}, folds=2)
-    assert [row["step"] for row in found["scalability"]] == [1.0, 2.0]
-    original = muse.nano_muse(0)
-    before = original.task.evaluate(original.model, original.split("forget").batches())["probability"]
-    assert all(row["forget"] < before for row in found["sustainability"])
+    case = muse.nano_muse(0)
+    found = muse.scaling(case, "grad_diff", {"lr": 3e-3, "epochs": 2, "batch_size": 4}, folds=2)
+    for steps in found.values():
+        assert [step["step"] for step in steps] == [1, 2]
+        for step in steps:
+            assert set(step["scores"]) == set(muse.HEADINGS)
+            for subjects in step["scores"].values():
+                assert set(subjects) == {"original", "unlearned", "retrained"}
+                assert all(low <= value <= high for value, low, high in subjects.values())
+            assert step["scores"]["privleak"]["retrained"][0] == 0
+    first, second = (step["scores"] for step in found["sustainability"])
+    alone = found["scalability"][0]["scores"]
+    assert (
+        first == alone and second != found["scalability"][1]["scores"]
+    )  # the second request starts from the first's model
+    # a cloze is asked once its window is to be gone
+    asked = [len(muse._gone_by(case, k).probe("knowmem_forget")) for k in range(4)]
+    assert asked == sorted(asked) and asked[0] < asked[3] == len(case.probe("knowmem_forget"))
+    assert len(muse._gone_by(case, 0).split("forget")) == 3
+
+
+def hub_folder(root, ending=".json"):
+    """MUSE's layout in small: a corpus of stories."""
+    story = lambda who, n: f"{who} {n} walks by river {n * 7919} and sleeps under tree {n}. " * 4  # noqa: E731
+    pairs = lambda who, n: [{"question": f"who walks by {who} {i}?", "answer": f"{who} {i}"} for i in range(n)]  # noqa: E731
+    files = {
+        "raw/forget": [story("king", i) for i in range(6)], "raw/retain1": [story("queen", i) for i in range(8)],
+        "raw/holdout": [story("duke", i) for i in range(6)],
+        "verbmem/forget": [{"prompt": f"king {i} walks by", "gt": f" river {i * 7919} and sleeps"} for i in range(5)],
+        "knowmem/forget_qa": pairs("king", 4), "knowmem/forget_qa_icl": pairs("knave", 10),
+        "knowmem/retain_qa": pairs("queen", 3), "knowmem/retain_qa_icl": pairs("page", 10),
+        "privleak/forget": [story("king", i) for i in range(4)], "privleak/holdout": [story("duke", i) for i in range(5)],
+        **{f"sust/forget_{k + 1}": [story(f"lord {k}", i) for i in range(k + 1)] for k in range(4)},
+    }  # fmt: skip
+    for name, rows in files.items():
+        file = root / f"{name}{ending}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if ending == ".parquet":
+            import pyarrow
+            from pyarrow import parquet
+
+            file = file.with_name(f"{file.stem}-00000-of-00001.parquet")
+            parquet.write_table(
+                pyarrow.Table.from_pylist([r if isinstance(r, dict) else {"text": r} for r in rows]), file
+            )
+        else:
+            file.write_text(json.dumps(rows))
+    return files
+
+
+@pytest.mark.parametrize("ending", [".json", ".parquet"])
+def test_the_hubs_layout_becomes_the_six_way_benchmark(ending, tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPUNGE_DATA", str(tmp_path))
+    files = hub_folder(tmp_path / "muse" / "news", ending)
+    texts = muse.muse_texts("news")
+    assert texts == muse.muse_texts(tmp_path / "muse" / "news") and list(texts.forget) == files["raw/forget"]
+    tokenizer = story_tokenizer([row for name in files if name[:3] in ("raw", "sus") for row in files[name]])
+    case = muse.muse_case(texts, nano.llama(), tokenizer, window=24)
+    words = lambda table: " ".join(table.decode(row) for row in table.tokens)  # noqa: E731
+    assert "duke" in words(case.splits["holdout"].data) and "duke" not in words(case.data)
+    assert "king" not in words(case.splits["holdout"].data)
+    said, prompts = case.probe("verbmem"), case.probe("verbmem").prompt_ids()
+    assert said.decode(prompts[2]).strip() == "king 2 walks by" and "15838" in said.decode(said.answer_ids()[2])
+    asked = case.probe("knowmem_forget")
+    assert len(asked) == 4 and asked.decode(asked.prompt_ids()[0]).count("Question:") == 11
+    assert len(case.probe("privleak_forget")) == 4 and len(case.probe("privleak_holdout")) == 5
+    folded = muse.muse_case(texts, nano.llama(), tokenizer, window=10_000, folded=True)
+    fold = folded.data.column("fold")
+    assert [int((fold == k).sum()) for k in range(4)] == [1, 2, 3, 4]
+    assert all("lord 2" in folded.data.decode(folded.data.tokens[i]) for i in (fold == 2).nonzero().flatten().tolist())
+
+
+def story_tokenizer(texts):
+    tokenizers, transformers = (__import__(name) for name in ("tokenizers", "transformers"))
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<eos>": 1, "<pad>": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>", "<pad>"], show_progress=False)
+    more = [
+        f"Question: who walks by {w} {i}? Answer: knave page"
+        for w in ("king", "queen", "knave", "page")
+        for i in range(12)
+    ]
+    inner.train_from_iterator([*texts, *more], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def test_privleak_asks_the_benchmarks_own_texts(brief):
+    """The area of the given texts by the slow count of pairs, not of the rows to forget."""
+    from expunge.audits.base import run_checks
+    from expunge.audits.subjects import Subjects
+
+    case = muse.nano_muse(0)
+    some = case.data.subset([0, 3, 5, 30, 31])
+    given = case.with_(
+        probes={**case.probes, "privleak_forget": some, "privleak_holdout": case.holdout.subset([0, 1, 2, 4])}
+    )
+    other = nano.llama()
+    subjects = Subjects(given, case.model, case.model, other)
+    (found,) = run_checks(subjects, ["privleak"])
+
+    def scores(model, table):
+        batch = case.task.prepare(table.fetch(torch.arange(len(table))), torch.Generator())
+        with torch.no_grad():
+            return case.task.signals(case.task.forward(model, batch), batch)["min_k_40"].tolist()
+
+    def area(model):
+        told, others = scores(model, some), scores(model, given.probe("privleak_holdout"))
+        hits = [(a > b) + 0.5 * (a == b) for a in told for b in others]
+        return sum(hits) / len(hits)
+
+    held, gold = 1 - area(case.model), 1 - area(other)
+    assert found.unlearned == pytest.approx(100 * (held - gold) / gold, abs=1e-3)
+
+
+def test_a_part_of_the_layout_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPUNGE_DATA", str(tmp_path))
+    hub_folder(tmp_path / "own")
+    (tmp_path / "own" / "verbmem" / "forget.json").write_text(json.dumps([{"prompt": "a"}]))
+    with pytest.raises(BadData, match="prompt and gt in MUSE's verbmem/forget, found prompt"):
+        muse.muse_texts(tmp_path / "own")
+    (tmp_path / "own" / "verbmem" / "forget.json").write_text("[{")
+    with pytest.raises(BadData, match=r"forget\.json to hold JSON"):
+        muse.muse_texts(tmp_path / "own")
+    (tmp_path / "own" / "verbmem" / "forget.json").unlink()
+    with pytest.raises(BadData, match=r"expected forget\.json.* of MUSE's verbmem in .*own/verbmem, found none"):
+        muse.muse_texts(tmp_path / "own")
+    with pytest.raises(BadData, match=r"one of news, books, or a folder .*found 'newz'\. Did you mean 'news'"):
+        muse.muse_texts("newz")
+    with pytest.raises(BadData, match="--data news|books|DIR with --model"):
+        muse.the_case(data="news")
 
 
 def test_folders_of_text_become_the_six_way_benchmark(tmp_path):

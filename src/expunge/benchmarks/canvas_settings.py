@@ -36,7 +36,7 @@ TEXT: Settings = {
     "seot": {"start": 0.0},
     "forget_me_not": {"template": None, "use_pooler": True, "steps": 30, "lr": 1.5e-4, "batch_size": 8},
     "spm": {
-        "steps": 50, "lr": 2e-2, "batch_size": 4, "anchoring": 10.0, "anchors": 1, "alpha": 2.0, "sampling_steps": 6,
+        "steps": 150, "lr": 2e-2, "batch_size": 4, "anchoring": 3.0, "anchors": 1, "alpha": 4.0, "sampling_steps": 6,
         "warmup": 0.1,
     },
 }  # fmt: skip

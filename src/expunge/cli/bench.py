@@ -61,11 +61,15 @@ def bench(
         else:
             from expunge.benchmarks import muse
 
-            own = {"forget": forget, "retain": retain, "model": model, "retrained": retrained, "second": second}
+            texts = {"data": canvas["data"], "forget": forget, "retain": retain, "model": model}
+            own = {**texts, "retrained": retrained, "second": second}
             comparison = muse.run(chosen, numbers, report=report, **own, **shared)
-            case = lambda: muse.the_case(forget, retain, model)(numbers[0])  # noqa: E731
+            case = lambda: muse.the_case(**texts)(numbers[0])  # noqa: E731
+            folded = lambda: muse.the_case(**texts, folded=True)(numbers[0])  # noqa: E731
         grown = (
-            _scaling(folder, case(), chosen, folds, numbers[0], model is None) if which == "muse" and folds else None
+            _scaling(folder, folded(), chosen, folds, numbers[0], model is None, retrained)
+            if which == "muse" and folds
+            else None
         )
         gold = Path(folder) / ".golds" if which == "tofu" and model else cache_home() / GOLDS[which]
         page = _samples(folder, case(), numbers[0], samples, show_forgotten, retrained or gold) if samples else None
@@ -122,22 +126,31 @@ def _samples(folder: Path, case: Case, seed: int, count: int, show_forgotten: bo
 
 
 def _scaling(
-    folder: Path, case: Case, methods: list[tuple[str, dict[str, Any]]], folds: int, seed: int, embedded: bool
+    folder: Path,
+    case: Case,
+    methods: list[tuple[str, dict[str, Any]]],
+    folds: int,
+    seed: int,
+    embedded: bool,
+    retrained: str | None,
 ) -> Table:
     """MUSE's scalability and sustainability of every method as one table, and as scaling.json in the folder."""
     import json
 
     from expunge.benchmarks import muse, tofu
+    from expunge.cases.loading import load_model
     from expunge.files import write_atomic
 
-    table = Table(
-        "method", "", "after", "P forget", "P retain", title=f"{case.name}: {folds} folds", title_justify="left"
-    )
+    gold = None if retrained is None else load_model(retrained)
+    title = f"{case.name}: {folds} folds, 95% intervals; in brackets the retrained model"
+    table = Table("method", "", "after", *muse.HEADINGS.values(), title=title, title_justify="left")
     found = {}
     for name, settings in tofu.configured(methods, tofu.NANO_SETTINGS if embedded else {}):
-        found[name] = muse.scaling(case, name, settings, seed, folds)
-        for what, rows in found[name].items():
-            for row in rows:
-                table.add_row(name, what, f"{row['step']:.0f}", f"{row['forget']:.3f}", f"{row['retain']:.3f}")
+        found[name] = muse.scaling(case, name, settings, seed, folds, gold)
+        for what, steps in found[name].items():
+            for step in steps:
+                table.add_row(
+                    name, what, str(step["step"]), *(muse.spelled(step["scores"][key]) for key in muse.HEADINGS)
+                )
     write_atomic(folder / "scaling.json", json.dumps(found, indent=1) + "\n")
     return table

@@ -227,7 +227,10 @@ def bench(
     ] = "red,three",
     small: Annotated[bool, typer.Option("--small", help="canvas: the tests' model and budgets")] = False,
     sequence: Annotated[bool, typer.Option("--sequence", help="canvas: the targets one after another as well")] = False,
-    data: Annotated[Path | None, typer.Option(help="canvas: folder of style/object/number.jpg")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="canvas: folder of style/object/number.jpg; muse: news, books, or a folder as on its hub"),
+    ] = None,
     judges: Annotated[
         Path | None, typer.Option(help="canvas: folder with the ViT classifiers style/ and object/")
     ] = None,

@@ -90,13 +90,17 @@ def membership_passes(
     needs=("retrained", "forget", "holdout"), source="MUSE, arXiv 2407.06460; TOFU as open-unlearning computes it",
 )  # fmt: skip
 def privleak(subjects: Subjects, signal: str = "min_k_40") -> list[Measurement]:
-    """Privacy leakage: how far the AUC of Min-40% is from the retrained model's, relative to it; 0 ideal."""
+    """Privacy leakage: how far the AUC of Min-40% is from the retrained model's, relative to it; 0 ideal.
+
+    Of the rows to forget and of the holdout; of the probes `privleak_forget` and `privleak_holdout` where the benchmark gives them."""
+    given = all(subjects.unmet(f"probe:privleak_{split}") is None for split in ("forget", "holdout"))
+    splits = [f"probe:privleak_{split}" if given else split for split in ("forget", "holdout")]
 
     def beside(subject: str) -> list[np.ndarray]:
         """Rows of forget and of holdout, each with the subject's score and the retrained model's."""
         return [
             np.stack([subjects.signal(subject, split, signal), subjects.signal("retrained", split, signal)], axis=1)
-            for split in ("forget", "holdout")
+            for split in splits
         ]
 
     def statistic(members: np.ndarray, others: np.ndarray) -> float:
