@@ -11,6 +11,7 @@ that only distils. A generator of one call per image stands beside its teacher a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from expunge.audits.metrics import images
+from expunge.audits.metrics.answer_set import answer_set
 from expunge.benchmarks import canvas_settings, table_file
 from expunge.benchmarks.canvas_judges import require_original
 from expunge.benchmarks.embedded import Embedded
@@ -27,7 +29,9 @@ from expunge.benchmarks.tables import heading
 from expunge.benchmarks.unlearncanvas import COLUMNS as SHARED
 from expunge.benchmarks.unlearncanvas import another, table
 from expunge.files import write_atomic
+from expunge.parts.guarded import load_saved
 from expunge.records.compare import compare
+from expunge.records.sheets import Sheet, write_sheet
 
 NAME = "class_erasers"
 CHECKS = ("generation_accuracy", "generation_answers", "image_distance", "storage")
@@ -44,7 +48,8 @@ ERASERS: tuple[Row, ...] = (
 )  # fmt: skip
 """What an eraser must be told of the class, and its ablations; the rest of its settings is the toys'."""
 DISTILLATION: tuple[Row, ...] = (
-    ("sfd", {}), ("sfd", {"steps": 750}), ("sfd", {"steps": 50}), ("sfd", {"distil_steps": 150, "steps": 50}), ("sfd", {"g_f": 0.0, "w_f": 0.0, "steps": 100}),
+    ("sfd", {}), ("sfd", {"steps": 750}), ("sfd", {"steps": 50}), ("sfd", {"distil_steps": 150, "steps": 50}),
+    ("sfd", {"g_f": 0.0, "w_f": 0.0, "steps": 100}),
 )  # fmt: skip
 GENERIC: tuple[Row, ...] = (
     ("ssd", {"alpha": 10.0}), ("ssd", {"alpha": 15.0}), ("ssd", {"alpha": 20.0}),
@@ -86,6 +91,22 @@ def teachers(toy: Callable[[int], Embedded], seeds: Sequence[int], steps: Sequen
     return lines
 
 
+def draw(toy: Embedded, folder: Path) -> Path:
+    """pictures.png in the folder: every digit by the original, by every kept model of this seed, and by `retrained`, same noise."""
+    exam = toy.exam()
+    models = {"original": toy.case.model}
+    for run in sorted(folder.glob(f"*/seed{toy.seed}/model")):
+        models[run.parent.parent.name] = load_saved(run, copy.deepcopy(toy.case.model))
+    models["retrained"] = toy.retrained()
+    cells, seeds = exam.cells, exam.seeds[:2]
+    columns = {
+        name: answer_set(model, cells, seeds, exam.sampling).images.unflatten(0, (len(cells), len(seeds)))
+        for name, model in models.items()
+    }
+    sheet = Sheet("every digit", tuple(str(cell.asks) for cell in cells), columns)
+    return write_sheet(folder / "pictures.png", sheet)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(NAME, __doc__)
     parser.add_argument(
@@ -125,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             about += "".join(f" {line}." for line in teachers(toy, given.seeds))
         section = table_file.Section.of(about, table(found, columns=COLUMNS), f"`{command}`")
         print(section)
+        print(f"pictures: {draw(toy(given.seeds[0]), Path('runs') / NAME / part)}")
         if given.out:
             file = Path(given.out) / f"{NAME}.md"
             kept = table_file.read(file.read_text("utf-8")) if file.exists() else {}
