@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from expunge.benchmarks import language_tables
 from expunge.benchmarks.language_tables import attacked
 from expunge.errors import BadData
 from expunge.methods import find
@@ -27,3 +28,24 @@ def test_attacks_stand_beside_the_claim_of_today(tmp_path):
     assert rows["scrub"][0].startswith("0.300 ±") and rows["scrub"][1] == find("scrub").intention == "removal"
     with pytest.raises(BadData, match="language_tables fixed"):
         attacked(tmp_path / "nothing")
+
+
+def test_requests_one_after_another_are_rows_of_means_over_seeds(monkeypatch):
+    def scores(seed, method, way, step):
+        base = {"grad_diff": 10.0, "npo": 20.0}[method] + (5.0 if way == "sustainability" else 0.0) + step
+        return {
+            key: {"unlearned": [base + seed, 0, 0], "retrained": [1.0 + seed, 0, 0]} for key in language_tables.HEADINGS
+        }
+
+    def scaling(case, method, settings, seed, folds):
+        assert case == f"case {seed}" and settings["lr"]
+        ways = ("scalability", "sustainability")
+        return {w: [{"step": k, "scores": scores(seed, method, w, k)} for k in (1, 2)] for w in ways}
+
+    monkeypatch.setattr(language_tables, "nano_muse", lambda seed: f"case {seed}")
+    monkeypatch.setattr(language_tables, "scaling", scaling)
+    lines = language_tables.scaled((0, 2), ("grad_diff", "npo, gentle"), folds=2).splitlines()
+    rows = {line.split("|")[1].strip(): line.split("|")[2].split("±")[0].strip() for line in lines[2:]}
+    assert list(rows)[:2] == ["retrained without 1 of 2", "retrained without 2 of 2"] and len(rows) == 2 + 2 * 2 * 2
+    assert rows["retrained without 2 of 2"] == "2"  # the mean of 1 and 3, each counted once
+    assert rows["grad_diff, scalability 2"] == "13" and rows["npo, gentle, sustainability 1"] == "27"

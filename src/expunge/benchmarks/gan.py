@@ -40,6 +40,7 @@ from expunge.benchmarks import table_file
 from expunge.benchmarks.canvas import digit_images
 from expunge.benchmarks.canvas_judges import digit_judges, kept_net
 from expunge.benchmarks.style_gan import style_gan
+from expunge.benchmarks.table_file import spread
 from expunge.benchmarks.tables import heading
 from expunge.benchmarks.trained import Trained, cache_home
 from expunge.cases import Case, requests
@@ -228,19 +229,13 @@ COLUMNS = {"pul": "PUL %", "share": "7s %", "entropy": "entropy", "least": "leas
 
 def markdown(seeds: dict[int, Rows]) -> str:
     """Mean over seeds, ± half a 95% t-interval."""
-    from scipy.stats import t
-
     labels = [label for label in next(iter(seeds.values())) if label != "positives"]
     lines = ["| model | " + " | ".join(COLUMNS.values()) + " | collapsed |", "|---" * (len(COLUMNS) + 2) + "|"]
     for label in labels:
         cells = []
         for column in COLUMNS:
             values = [rows[label][column] for rows in seeds.values() if label in rows and column in rows[label]]
-            half = (
-                t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            )
-            spread = f" ± {half:.2g}" if half else ""
-            cells.append(f"{np.mean(values):.4g}{spread}" if values else "")
+            cells.append(spread(values))
         gone = sum(bool(rows[label]["collapsed"]) for rows in seeds.values() if label in rows)
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {gone} of {len(seeds)} |")
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@
     python -m expunge.benchmarks.language_tables matched    # each method stopped where forget probability reaches 0.05
     python -m expunge.benchmarks.language_tables attacks    # what each attack brought back in the runs of `fixed`; reads them alone
     python -m expunge.benchmarks.language_tables muse       # MUSE on two embedded plays, one budget; written to muse.md
+    python -m expunge.benchmarks.language_tables scaling    # MUSE's scalability and sustainability there; written to muse.md
     python -m expunge.benchmarks.language_tables sam        # NPO with and without SAM, relearned; 5 seeds, sign test
     python -m expunge.benchmarks.language_tables matched --only 'npo;wga' --seed 1 --run-only    # a share of the work, for one process
 
@@ -26,8 +27,9 @@ import numpy as np
 
 from expunge.audits.attacks.budget import Budget
 from expunge.benchmarks import table_file
-from expunge.benchmarks.muse import MEASURES, nano_muse
+from expunge.benchmarks.muse import HEADINGS, MEASURES, nano_muse, scaling
 from expunge.benchmarks.nano import nano_tofu
+from expunge.benchmarks.table_file import spread
 from expunge.benchmarks.tables import heading
 from expunge.benchmarks.tofu import NANO_SETTINGS
 from expunge.benchmarks.trained import cache_home
@@ -245,6 +247,36 @@ def sam(seeds: Sequence[int] = range(5)) -> tuple[str, str]:
     return "\n".join(lines) + "\n", said
 
 
+SCALED = ("grad_ascent", "grad_diff", "npo, gentle")
+"""Rows of MUSE's scalability and sustainability: destroys, destroys later, keeps."""
+
+
+def scaled(seeds: Sequence[int], labels: Sequence[str] = SCALED, folds: int = 4) -> str:
+    """A row for each method, way of asking and step: mean over seeds, ± half a 95% t-interval, of MUSE's four scores."""
+    shown: dict[str, dict[str, list[float]]] = {}
+    for seed in seeds:
+        case = nano_muse(seed)
+        for label in labels:
+            name, chosen = settings(label)
+            for way, steps in scaling(case, name, chosen, seed, folds).items():
+                for step in steps:
+                    row = shown.setdefault(f"{label}, {way} {step['step']}", {key: [] for key in HEADINGS})
+                    gold = shown.setdefault(
+                        f"retrained without {step['step']} of {folds}", {key: [] for key in HEADINGS}
+                    )
+                    for key, score in step["scores"].items():
+                        row[key].append(score["unlearned"][0])
+                        if (label, way) == (labels[0], "scalability"):
+                            gold[key].append(score["retrained"][0])
+            print(f"scaling seed {seed} {label}", file=sys.stderr, flush=True)
+    lines = ["| model | " + " | ".join(HEADINGS.values()) + " |", "|---" * (len(HEADINGS) + 1) + "|"]
+    ordered = sorted(shown, key=lambda row: not row.startswith("retrained"))
+    lines += [
+        f"| {row} | " + " | ".join(spread(shown[row][key]) for key in HEADINGS) + " |" for row in ordered
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def _relearning() -> Any:
     from expunge.audits.battery import default_attacks
 
@@ -255,9 +287,15 @@ def _p(case: Any, model: Any, split: str) -> str:
     return f"{case.task.evaluate(model, case.split(split).batches())['probability']:.3f}"
 
 
+def told(label: str, own: dict[str, Any]) -> str:
+    """`npo, gentle: beta=0.03, lr=0.0002`."""
+    return f"{label}: " + ", ".join(f"{key}={value}" for key, value in own.items())
+
+
+OWN = "; ".join(told(label, own) for label, (_, own) in FIXED.items() if own)
 NOTES = {
     "fixed": "All rows at one budget: AdamW 3e-4, 10 passes of the 60 forget rows in batches of 8 with 8 retain rows (80 updates), "
-    "linear decay, clip 1; rows that differ say so in their settings. Not ranked by forget quality: grad_diff-like rows reach it "
+    f"linear decay, clip 1; what rows have of their own: {OWN}. Not ranked by forget quality: grad_diff-like rows reach it "
     "while the model is destroyed.",
     "matched": f"Each method stopped where the mean forget probability first reaches {LEVEL}, looked at every second update. At the "
     f"first crossing the shortest path dominates; read it beside the fixed budget. Up to 240 updates: {'; '.join(LONGER)}; the others "
@@ -265,6 +303,9 @@ NOTES = {
     "muse": "Two of Shakespeare's plays (60 windows of 64 tokens to forget, 240 to keep, every second forget window held out), the "
     "embedded model; one budget as in language.md's `fixed`. Questions are clozes (the model answers no few-shot prompt), so KnowMem is "
     "the F1 of a passage's next 8 tokens. Aims: VerbMem and KnowMem f at retrained's, PrivLeak at 0, KnowMem r high.",
+    "scaling": "One request for the first 1 to 4 quarters of the forget texts (scalability), and a request for each quarter in turn, from "
+    "the model that the last one left (sustainability), on the texts and at the budget of `muse`; measured on all that is to be gone by "
+    "then, beside a model retrained without it.",
     "attacks": "Mean probability of the forgotten answers after each attack, in the runs of `fixed`: an epoch on kept rows, six updates on "
     "six forgotten rows, rounding to 8 and 4 bits, the best layer's logit lens, other wordings of the prompt. Verdict: of the whole audit.",
     "sam": "Relearning on 12 forget rows (AdamW 1e-4, batches of 4, 24 updates), scored on the other 48.",
@@ -276,32 +317,34 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(prog="python -m expunge.benchmarks.language_tables", description=__doc__)
-    parser.add_argument("kind", choices=("fixed", "attacks", "matched", "muse", "sam"))
+    parser.add_argument("kind", choices=("fixed", "attacks", "matched", "muse", "scaling", "sam"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, help="this seed alone")
     parser.add_argument("--only", default="", help="labels with semicolons between; default: all")
     parser.add_argument("--run-only", action="store_true", help="keep the runs, write no table")
     chosen = parser.parse_args(arguments)
     began = time.perf_counter()
-    note = NOTES[chosen.kind]
+    note, of_muse = NOTES[chosen.kind], chosen.kind in ("muse", "scaling")
     if chosen.kind == "sam":
         body, said = sam()
         note = f"{note} {said}"
     elif chosen.kind == "attacks":
         body = attacked()
+    elif chosen.kind == "scaling":
+        body = scaled(range(chosen.seeds) if chosen.seed is None else [chosen.seed])
     else:
         labels = [x.strip() for x in chosen.only.split(";") if x.strip()] or rows_of(chosen.kind)
         seeds = range(chosen.seeds) if chosen.seed is None else [chosen.seed]
         body = markdown(table(chosen.kind, seeds, labels, FOLDER))
     if chosen.run_only:
         return
-    out = Path("benchmarks-results") / ("muse.md" if chosen.kind == "muse" else "language.md")
+    out = Path("benchmarks-results") / ("muse.md" if of_muse else "language.md")
     told = f"{chosen.kind} --only '{chosen.only}'" if chosen.only else chosen.kind
     made = f"`python -m expunge.benchmarks.language_tables {told}` in {time.perf_counter() - began:.0f} s"
     section = table_file.Section.of(note, body, made)
     old = out.read_text("utf-8") if out.exists() else ""
     sections = table_file.merge(old, {chosen.kind: section}, False, {})
-    title = "language: MUSE on two plays" if chosen.kind == "muse" else "language: nano-TOFU"
+    title = "language: MUSE on two plays" if of_muse else "language: nano-TOFU"
     write_atomic(out, table_file.write(heading(title), sections))
     print(body)
 

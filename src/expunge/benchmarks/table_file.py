@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from expunge.errors import BadData
+from expunge.records.comparison import t_summary
 
 REFERENCES = ("original", "retrained")
 ALL = "all rows"
@@ -100,6 +101,15 @@ def merge(old: str, new: dict[str, Section], partly: bool, order: dict[str, Sequ
 
 def write(heading: str, sections: dict[str, Section]) -> str:
     return heading.rstrip() + "\n\n" + "\n".join(f"## {title}\n\n{section}" for title, section in sections.items())
+
+
+def spread(values: Sequence[float]) -> str:
+    """A cell: the mean over seeds, ± half its 95% t-interval; empty without values."""
+    found = t_summary(values)
+    if found is None:
+        return ""
+    half = 0.0 if found.high is None else found.high - found.mean
+    return f"{found.mean:.4g}" + (f" ± {half:.2g}" if half else "")
 
 
 def _name(line: str) -> str:

@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from expunge.benchmarks.canvas import digit_images
 from expunge.benchmarks.canvas_judges import digit_judges, kept_net
 from expunge.benchmarks.gan import filter_judge
 from expunge.benchmarks.measuring import options, publish, spelled
+from expunge.benchmarks.table_file import spread
 from expunge.benchmarks.trained import Trained, cache_home
 from expunge.cases import Case, requests
 from expunge.methods.outcome import unlearn
@@ -181,17 +181,12 @@ COLUMNS = {
 
 def markdown(seeds: Sequence[Rows]) -> str:
     """Mean over seeds, ± half a 95% t-interval."""
-    from scipy.stats import t
-
     lines = ["| model | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for label in seeds[0]:
         cells = []
         for column in COLUMNS:
             values = [rows[label][column] for rows in seeds if column in rows[label]]
-            half = (
-                t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            )
-            cells.append((f"{np.mean(values):.4g}" + (f" ± {half:.2g}" if half else "")) if values else "")
+            cells.append(spread(values))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
