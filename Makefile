@@ -34,7 +34,7 @@ test: .venv/.installed ## lint, format, types, floors, tests
 test-shards: .venv/.installed ## FSDP2 on two processes (a quiet machine)
 	EXPUNGE_TEST_SHARDS=1 $(ONE_THREAD) $(RUN) -m pytest -rP tests/engine/test_distribution.py tests/engine/test_accelerate_configs.py
 
-bench: bench-foundation bench-language bench-language-claims bench-membership bench-generation ## every table that needs no peer and no GPU (hours)
+bench: bench-foundation bench-language bench-language-claims bench-membership bench-prompt-search bench-generation ## every table that needs no peer and no GPU (hours)
 bench-foundation: bench-overhead bench-memory bench-speed bench-ensemble bench-kill bench-digits bench-regression bench-cifar ## the foundation's
 bench-generation: bench-canvas bench-class-erasers bench-gan bench-vae bench-generation-cost ## image generators'
 
@@ -62,6 +62,8 @@ bench-ensemble: .venv/.installed ## 64 shadow models together and one after anot
 	$(RUN) -m expunge.benchmarks.ensemble_speed
 bench-membership: .venv/.installed ## six membership scores of texts over a bare forward pass (EXPUNGE_DATA)
 	$(RUN) -m expunge.benchmarks.membership_cost
+bench-prompt-search: .venv/.installed ## searched prompts (GCG, soft prompts) on the embedded model, three seeds (EXPUNGE_DATA)
+	$(RUN) -m expunge.benchmarks.prompt_search
 bench-tofu: .venv/.installed ## TOFU's evaluation beside open-unlearning's: make bench-tofu PEER=path/to/checkout
 	$(RUN) -m expunge.benchmarks.tofu_official --peer $(PEER)
 bench-tofu-large: .venv/.installed ## TOFU in full on 109 M parameters, twelve methods on forget10 (EXPUNGE_DATA, a GPU)
@@ -94,4 +96,4 @@ clean: ## remove the environment, caches and runs
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-shards bench bench-foundation bench-generation bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-vae bench-gpu bench-canvas bench-class-erasers bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-tofu bench-tofu-large bench-language-gpu format clean
+.PHONY: help install demo test test-shards bench bench-foundation bench-generation bench-overhead bench-memory bench-ssd bench-speed bench-digits bench-cifar bench-regression bench-kill bench-ensemble bench-gan bench-vae bench-gpu bench-canvas bench-class-erasers bench-language bench-language-claims bench-generation-cost bench-language-cost bench-membership bench-prompt-search bench-tofu bench-tofu-large bench-language-gpu format clean
