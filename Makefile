@@ -74,13 +74,13 @@ bench-gpu: .venv/.installed ## loop, memory, ensembles, bf16 and unlearning time
 	$(RUN) -m expunge.benchmarks.gpu
 	$(RUN) -m expunge.benchmarks.speed --device cuda --rows 20000 --trained 80 --skip lat smooth_npo ntk_forgetting prune_first
 ERASERS := esd,uce,concept_ablation,salun_generation,doco,erasediff,advunlearn,advunlearn:attack_steps=0,advunlearn:retain_w=0.0
-OTHERS := grad_ascent,fine_tune,spm,sld,sld:preset=max,seot,seot:start=0.2,negative_prompt,forget_me_not,scissorhands,selective_amnesia
+OTHERS := grad_ascent,fine_tune,spm,sld,sld:preset=max,seot,seot:iterations=10,seot:start=0.2,negative_prompt,forget_me_not,scissorhands,selective_amnesia
 bench-canvas: .venv/.installed ## UnlearnCanvas on the embedded text model: erasers, prompt attacks, controls, three seeds
 	$(RUN) -m expunge bench canvas --targets red --seeds 3 --attacks none --prompt-attacks --methods $(ERASERS),$(OTHERS) --table benchmarks-results/canvas.md
 bench-class-erasers: .venv/.installed ## a digit out of the class-conditional toy: erasers and generic methods, three seeds
 	$(RUN) -m expunge.benchmarks.class_erasers
 bench-language: .venv/.installed ## every language method on the embedded model (EXPUNGE_DATA): one budget, one level, SAM
-	for table in fixed attacks matched muse sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
+	for table in fixed attacks matched muse scaling sam; do $(RUN) -m expunge.benchmarks.language_tables $$table; done
 bench-language-claims: .venv/.installed ## what papers claim of language models, at the sizes at hand (EXPUNGE_DATA): SEUF, tracing, LAT, FLAT, SimNPO
 	$(RUN) -m expunge.benchmarks.language_claims
 bench-generation-cost: .venv/.installed ## sampling beside the pipeline, ESD beside its official code: make bench-generation-cost PEER=path/to/checkout
