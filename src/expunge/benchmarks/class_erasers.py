@@ -48,7 +48,7 @@ ERASERS: tuple[Row, ...] = (
 )  # fmt: skip
 """What an eraser must be told of the class, and its ablations; the rest of its settings is the toys'."""
 DISTILLATION: tuple[Row, ...] = (
-    ("sfd", {}), ("sfd", {"steps": 750}), ("sfd", {"steps": 50}), ("sfd", {"distil_steps": 150, "steps": 50}),
+    ("sfd", {}), ("sfd", {"steps": 50}), ("sfd", {"distil_steps": 150, "steps": 50}),
     ("sfd", {"g_f": 0.0, "w_f": 0.0, "steps": 100}),
 )  # fmt: skip
 GENERIC: tuple[Row, ...] = (
