@@ -92,6 +92,13 @@ LONGER = (
 
 LONG = 30
 
+REACHING: dict[str, dict[str, Any]] = {
+    "npo": {"schedule": "constant"}, "simnpo": {"schedule": "constant", "lr": 1e-3}, "dpo": {"schedule": "constant", "beta": 0.05},
+    "idk": {"schedule": "constant", "lr": 1e-3}, "undial": {"schedule": "constant", "lr": 1e-3, "alpha": 5.0},
+}  # fmt: skip
+"""What rows of the search of the level have of their own: with the fixed budget's settings no seed of theirs reaches it in `LONG`
+passes."""
+
 MUSE = (
     "fine_tune", "grad_ascent", "grad_diff", "kl_min", "npo", "npo, gentle", "simnpo", "undial", "wga", "satimp", "rmu", "task_vector",
     "whp",
@@ -134,6 +141,7 @@ def one(label: str, seed: int, auditor: Auditor, folder: Path, level: float | No
     else:
         if label in LONGER:
             chosen |= {"epochs": max(LONG, chosen["epochs"])}
+        chosen |= REACHING.get(label, {})
         configured = find(name).configure(**chosen)
         action = configured.action(case)
         assert isinstance(action, Plan)
@@ -299,7 +307,8 @@ NOTES = {
     "while the model is destroyed.",
     "matched": f"Each method stopped where the mean forget probability first reaches {LEVEL}, looked at every second update. At the "
     f"first crossing the shortest path dominates; read it beside the fixed budget. Up to 240 updates: {'; '.join(LONGER)}; the others "
-    "as there. Verdicts rest on relearning and membership alone.",
+    f"as there. Of their own, since at the fixed budget's settings they do not come that far: "
+    f"{'; '.join(told(label, own) for label, own in REACHING.items())}. Verdicts rest on relearning and membership alone.",
     "muse": "Two of Shakespeare's plays (60 windows of 64 tokens to forget, 240 to keep, every second forget window held out), the "
     "embedded model; one budget as in language.md's `fixed`. Questions are clozes (the model answers no few-shot prompt), so KnowMem is "
     "the F1 of a passage's next 8 tokens. Aims: VerbMem and KnowMem f at retrained's, PrivLeak at 0, KnowMem r high.",
