@@ -47,9 +47,9 @@ def test_npo_forgets_to_the_retrained_models_level_and_keeps():
 
 def test_npo_keeps_more_than_ascent_where_both_reach_the_level():
     """npo.md: at equal forgetting; the level is 0.05, and ascent has gone further below it."""
-    matched = sections("language")["matched"]
-    assert number(matched, NPO, "P forget") < 0.05 and number(matched, "grad_ascent", "P forget") < 0.05
-    assert number(matched, NPO, "P retain") > number(matched, "grad_ascent", "P retain") + 0.1
+    matched, gentle = sections("language")["matched"], "npo (beta=0.03, epochs=20, lr=0.0002)"
+    assert number(matched, gentle, "P forget") < 0.05 and number(matched, "grad_ascent", "P forget") < 0.05
+    assert number(matched, gentle, "P retain") > number(matched, "grad_ascent", "P retain") + 0.1
 
 
 def test_smoothers_that_look_along_the_gradient_come_back_less_at_equal_steps():
