@@ -156,6 +156,18 @@ def test_a_search_of_words_beats_random_words_and_finds_nothing_in_the_retrained
     assert number(red, "uce", "UA") - number(red, "uce", "UA, other words") > 20  # the second word is a route
 
 
+def test_a_second_request_leaves_the_first_answered():
+    """unlearncanvas.md, sequential unlearning: a closed-form edit holds the first request and the rest through the second."""
+    rows = sections("canvas")["red, then three"]
+    for seed in range(3):
+        after = f"uce, seed {seed}, 2. three"
+        assert number(rows, after, "UA red") >= 90 and number(rows, after, "UA three") >= 95
+        assert number(rows, after, "rebound") <= 5 and number(rows, after, "SR") >= 95
+    three = sections("canvas")["three"]
+    assert number(three, "uce", "UA") == number(three, "uce", "IRA") == 100 and number(three, "uce", "ASR") == 0
+    assert number(three, "esd", "ASR") > number(three, "esd", "ASR unattacked")
+
+
 def test_what_is_trained_under_attack_is_brought_back_less_and_its_retain_term_keeps_the_rest():
     """advunlearn.md: below ESD in the same scope, and that below ESD in cross-attention; IRA and CRA with the retain term above those
     without."""
