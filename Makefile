@@ -73,10 +73,14 @@ bench-language-gpu: .venv/.installed ## the language ratios on a GPU, after benc
 bench-gpu: .venv/.installed ## loop, memory, ensembles, bf16 and unlearning time on a CUDA device (EXPUNGE_DATA)
 	$(RUN) -m expunge.benchmarks.gpu
 	$(RUN) -m expunge.benchmarks.speed --device cuda --rows 20000 --trained 80 --skip lat smooth_npo ntk_forgetting prune_first
+CANVAS := $(RUN) -m expunge bench canvas --seeds 3 --attacks none --table benchmarks-results/canvas.md
 ERASERS := esd,uce,concept_ablation,salun_generation,doco,erasediff,advunlearn,advunlearn:attack_steps=0,advunlearn:retain_w=0.0
 OTHERS := grad_ascent,fine_tune,spm,sld,sld:preset=max,seot,seot:iterations=10,seot:start=0.2,negative_prompt,forget_me_not,scissorhands,selective_amnesia
-bench-canvas: .venv/.installed ## UnlearnCanvas on the embedded text model: erasers, prompt attacks, controls, three seeds
-	$(RUN) -m expunge bench canvas --targets red --seeds 3 --attacks none --prompt-attacks --methods $(ERASERS),$(OTHERS) --table benchmarks-results/canvas.md
+bench-canvas: .venv/.installed ## UnlearnCanvas on the embedded text model: a style, an object, both, and one after the other; three seeds
+	$(CANVAS) --targets red --prompt-attacks --methods $(ERASERS),$(OTHERS)
+	$(CANVAS) --targets three --prompt-attacks --methods uce,esd,concept_ablation
+	$(CANVAS) --targets 'red three' --methods uce,esd
+	$(CANVAS) --targets red,three --prompt-attacks --sequence --methods uce,concept_ablation
 bench-class-erasers: .venv/.installed ## a digit out of the class-conditional toy: erasers and generic methods, three seeds
 	$(RUN) -m expunge.benchmarks.class_erasers
 bench-language: .venv/.installed ## every language method on the embedded model (EXPUNGE_DATA): one budget, one level, SAM

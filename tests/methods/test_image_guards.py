@@ -261,6 +261,9 @@ def test_optimised_embeddings_move_the_concepts_maps_and_leave_other_prompts_alo
         assert float(after[0]) < float(before[0]) and float(after[1]) == float(before[1]) == 0
     assert not torch.allclose(images[0], plain[0], atol=1e-4)
     assert torch.allclose(images[1], plain[1], atol=1e-6)
+    assert (
+        optimised(model, [PLAIN], iterations=3)[1] == []
+    )  # nothing to optimise where no prompt of the batch holds the concept
     assert digest_weights(model.state_dict()) == weights
 
 

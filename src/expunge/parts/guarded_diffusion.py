@@ -261,8 +261,10 @@ class SoftEndTokens(GuardedDenoiser):
         own, soft, role = self.versions(encoded)
         late, step, total = memory["step"] >= self.start * memory["total"], memory["step"], memory["total"]
         free = None if null is None else self.versions(null)[int(late)]
-        if late and role is not None and step < self.until * total:
-            source = memory.setdefault("source", memory["trajectory"].fork())  # until now the two went the same way
+        if late and role is not None and bool(role.any()) and step < self.until * total:
+            if "source" not in memory:
+                memory["source"] = memory["trajectory"].fork()  # until now the two went the same way
+            source = memory["source"]
             rate = self.rate * (1 - 0.9 * step / max(total - 1, 1)) ** 0.5
             soft = self.optimised(noisy, source.given(timestep), timestep, own, soft, role, rate)
             source.advance(self.base.guided(source.given(timestep), timestep, own, free, scale, memory), timestep)  # type: ignore[operator]
