@@ -244,6 +244,7 @@ def scaling(
     folds: int = FOLDS,
     retrained: nn.Module | None = None,
     checks: Sequence[str] = SCALED,
+    report: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[Step]]:
     """C5 and C6: the scores after each of `folds` steps, with 95% bootstrap intervals, beside those of the retrained model.
 
@@ -257,6 +258,8 @@ def scaling(
     found: dict[str, list[Step]] = {"scalability": [], "sustainability": []}
     model = case.model
     for k in range(folds):
+        if report is not None:
+            report(f"{method}: fold {k + 1} of {folds}, at once and in turn", k, folds)
         gone = _gone_by(case, k)
         gold = retrained if retrained is not None else retrain(gone, seed + 1001, cache_home() / "muse").model
 

@@ -67,7 +67,7 @@ def bench(
             case = lambda: muse.the_case(**texts)(numbers[0])  # noqa: E731
             folded = lambda: muse.the_case(**texts, folded=True)(numbers[0])  # noqa: E731
         grown = (
-            _scaling(folder, folded(), chosen, folds, numbers[0], model is None, retrained)
+            _scaling(folder, folded(), chosen, folds, numbers[0], model is None, retrained, report)
             if which == "muse" and folds
             else None
         )
@@ -133,6 +133,7 @@ def _scaling(
     seed: int,
     embedded: bool,
     retrained: str | None,
+    report: Any,
 ) -> Table:
     """MUSE's scalability and sustainability of every method as one table, and as scaling.json in the folder."""
     import json
@@ -146,7 +147,7 @@ def _scaling(
     table = Table("method", "", "after", *muse.HEADINGS.values(), title=title, title_justify="left")
     found = {}
     for name, settings in tofu.configured(methods, tofu.NANO_SETTINGS if embedded else {}):
-        found[name] = muse.scaling(case, name, settings, seed, folds, gold)
+        found[name] = muse.scaling(case, name, settings, seed, folds, gold, report=report)
         for what, steps in found[name].items():
             for step in steps:
                 table.add_row(
