@@ -30,7 +30,7 @@ def test_attacks_stand_beside_the_claim_of_today(tmp_path):
         attacked(tmp_path / "nothing")
 
 
-def test_requests_one_after_another_are_rows_of_means_over_seeds(monkeypatch):
+def test_requests_one_after_another_are_rows_of_means_over_seeds(monkeypatch, tmp_path):
     def scores(seed, method, way, step):
         base = {"grad_diff": 10.0, "npo": 20.0}[method] + (5.0 if way == "sustainability" else 0.0) + step
         return {
@@ -44,7 +44,9 @@ def test_requests_one_after_another_are_rows_of_means_over_seeds(monkeypatch):
 
     monkeypatch.setattr(language_tables, "nano_muse", lambda seed: f"case {seed}")
     monkeypatch.setattr(language_tables, "scaling", scaling)
-    lines = language_tables.scaled((0, 2), ("grad_diff", "npo, gentle"), folds=2).splitlines()
+    lines = language_tables.scaled((0, 2), ("grad_diff", "npo, gentle"), folds=2, folder=tmp_path).splitlines()
+    monkeypatch.setattr(language_tables, "scaling", lambda *_: pytest.fail("what was done is read, not done again"))
+    assert language_tables.scaled((0, 2), ("grad_diff", "npo, gentle"), folds=2, folder=tmp_path).splitlines() == lines
     rows = {line.split("|")[1].strip(): line.split("|")[2].split("±")[0].strip() for line in lines[2:]}
     assert list(rows)[:2] == ["retrained without 1 of 2", "retrained without 2 of 2"] and len(rows) == 2 + 2 * 2 * 2
     assert rows["retrained without 2 of 2"] == "2"  # the mean of 1 and 3, each counted once

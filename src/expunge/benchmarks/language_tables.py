@@ -20,6 +20,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from expunge.audits.attacks.budget import Budget
 from expunge.benchmarks import table_file
+from expunge.benchmarks.measuring import kept
 from expunge.benchmarks.muse import HEADINGS, MEASURES, nano_muse, scaling
 from expunge.benchmarks.nano import nano_tofu
 from expunge.benchmarks.table_file import spread
@@ -141,9 +143,9 @@ def settings(label: str) -> tuple[str, dict[str, Any]]:
 
 def one(label: str, seed: int, auditor: Auditor, folder: Path, level: float | None = None) -> Results:
     """One row of one seed, from its folder where it is kept."""
-    kept = folder / _folder(label) / f"seed{seed}.json"
-    if kept.exists():
-        return Results.load(kept)
+    file = folder / _folder(label) / f"seed{seed}.json"
+    if file.exists():
+        return Results.load(file)
     name, chosen = settings(label)
     case = auditor.case
     if level is None:
@@ -164,7 +166,7 @@ def one(label: str, seed: int, auditor: Auditor, folder: Path, level: float | No
             "settings": {**configured.values, "until": f"forget probability {level}"},
         }
     results = auditor.audit(outcome).results
-    results.save(kept)
+    results.save(file)
     return results
 
 
@@ -269,14 +271,17 @@ SCALED = ("grad_ascent", "grad_diff", "npo, gentle")
 """Rows of MUSE's scalability and sustainability: destroys, destroys later, keeps."""
 
 
-def scaled(seeds: Sequence[int], labels: Sequence[str] = SCALED, folds: int = 4) -> str:
+def scaled(
+    seeds: Sequence[int], labels: Sequence[str] = SCALED, folds: int = 4, folder: Path = FOLDER / "scaling"
+) -> str:
     """A row for each method, way of asking and step: mean over seeds, ± half a 95% t-interval, of MUSE's four scores."""
     shown: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:
         case = nano_muse(seed)
         for label in labels:
             name, chosen = settings(label)
-            for way, steps in scaling(case, name, chosen, seed, folds).items():
+            file = folder / _folder(label) / f"seed{seed}.json"
+            for way, steps in kept(file, partial(scaling, case, name, chosen, seed, folds)).items():
                 for step in steps:
                     row = shown.setdefault(f"{label}, {way} {step['step']}", {key: [] for key in HEADINGS})
                     gold = shown.setdefault(

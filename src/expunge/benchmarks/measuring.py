@@ -104,6 +104,13 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returns, as JSON has it: read from the file where it is there, else made and left there (a killed bench goes on)."""
+    if not file.exists():
+        write_atomic(file, json.dumps(make()))
+    return json.loads(file.read_text("utf-8"))
+
+
 def publish(name: str, command: str, seconds: float, body: str, out: str | None) -> None:
     """Print the table, and write it with its command, versions and machine to `out`/<name>.md (None: print only)."""
     print(body)

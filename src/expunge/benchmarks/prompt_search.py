@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from expunge.audits.attacks.budget import Attack, forget_scores
 from expunge.audits.attacks.soft_prompt import SoftPrompt
 from expunge.audits.attacks.suffix import SuffixSearch
 from expunge.benchmarks.language_tables import BUDGET, settings
-from expunge.benchmarks.measuring import options, publish, spelled, table
+from expunge.benchmarks.measuring import kept, options, publish, spelled, table
 from expunge.benchmarks.nano import nano_tofu
 from expunge.benchmarks.table_file import spread
 from expunge.methods.outcome import unlearn
@@ -61,6 +62,17 @@ def measure(seed: int, methods: Sequence[str] = METHODS, attacks: Sequence[Attac
     return found
 
 
+def seed_of(seed: int, folder: Path) -> Found:
+    """`measure`, kept in the folder."""
+
+    def lists() -> dict[str, dict[str, list[list[float]]]]:
+        found = measure(seed)
+        return {attack: {m: [s.tolist() for s in pair] for m, pair in rows.items()} for attack, rows in found.items()}
+
+    read = kept(folder / f"seed{seed}.json", lists)
+    return {attack: {m: (np.array(b), np.array(a)) for m, (b, a) in rows.items()} for attack, rows in read.items()}
+
+
 def markdown(seeds: Sequence[Found]) -> tuple[str, str]:
     """The table of probabilities, and of what was brought back: means over seeds, ± half a 95% t-interval."""
     first = seeds[0]
@@ -85,10 +97,13 @@ def markdown(seeds: Sequence[Found]) -> tuple[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options("prompt_search", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/prompt_search"), help="where each seed's scores are kept"
+    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    shown, back = markdown([measure(seed) for seed in chosen.seeds])
+    shown, back = markdown([seed_of(seed, chosen.folder) for seed in chosen.seeds])
     body = (
         f"Mean probability of the forgotten answers after each search; {len(chosen.seeds)} seeds, mean ± half a 95% t-interval. GCG: 10 "
         "tokens, 20 steps of 64 candidates; soft prompt: 8 vectors, 50 steps of Adam; both are found on 6 of the 60 forget rows and "
