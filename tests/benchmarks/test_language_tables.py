@@ -51,3 +51,23 @@ def test_requests_one_after_another_are_rows_of_means_over_seeds(monkeypatch, tm
     assert list(rows)[:2] == ["retrained without 1 of 2", "retrained without 2 of 2"] and len(rows) == 2 + 2 * 2 * 2
     assert rows["retrained without 2 of 2"] == "2"  # the mean of 1 and 3, each counted once
     assert rows["grad_diff, scalability 2"] == "13" and rows["npo, gentle, sustainability 1"] == "27"
+
+
+def test_costs_are_times_over_retrainings_of_the_same_seed(monkeypatch, tmp_path):
+    class Testbed:
+        case = "a case"
+
+    spent, clock = {"fit": 10.0, "npo": 1.0, "grad_ascent": 2.0}, [0.0]
+
+    def spend(name):
+        clock[0] += spent[name]
+
+    monkeypatch.setattr(language_tables, "nano_tofu", lambda seed: Testbed)
+    monkeypatch.setattr(language_tables, "fit", lambda case, split, seed: spend("fit"))
+    monkeypatch.setattr(language_tables, "unlearn", lambda case, name, **_: spend(name))
+    monkeypatch.setattr(language_tables.time, "process_time", lambda: clock[0])
+    lines = language_tables.costs((0, 1), ("npo", "grad_ascent"), tmp_path).splitlines()
+    rows = {
+        line.split("|")[1].strip(): [cell.split("±")[0].strip() for cell in line.split("|")[2:4]] for line in lines[2:]
+    }
+    assert rows == {"retrained": ["10", "1"], "npo": ["1", "0.1"], "grad_ascent": ["2", "0.2"]}

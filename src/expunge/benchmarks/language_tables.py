@@ -6,6 +6,7 @@
     python -m expunge.benchmarks.language_tables muse       # MUSE on two embedded plays, one budget; written to muse.md
     python -m expunge.benchmarks.language_tables scaling    # MUSE's scalability and sustainability there; written to muse.md
     python -m expunge.benchmarks.language_tables sam        # NPO with and without SAM, relearned; 5 seeds, sign test
+    python -m expunge.benchmarks.language_tables cost       # processor time of every row of `fixed` over retraining's, without audits
     python -m expunge.benchmarks.language_tables matched --only 'npo;wga' --seed 1 --run-only    # a share of the work, for one process
 
 A row is a triple: forget, retain, relearned (the score on unseen nine tenths of the forget rows after a few updates on the other
@@ -35,6 +36,7 @@ from expunge.benchmarks.table_file import spread
 from expunge.benchmarks.tables import heading
 from expunge.benchmarks.tofu import NANO_SETTINGS
 from expunge.benchmarks.trained import cache_home
+from expunge.engine import fit
 from expunge.errors import BadData
 from expunge.files import write_atomic
 from expunge.methods import find
@@ -300,6 +302,32 @@ def scaled(
     return "\n".join(lines) + "\n"
 
 
+def costs(seeds: Sequence[int], labels: Sequence[str] = tuple(FIXED), folder: Path = FOLDER / "cost") -> str:
+    """Processor time of each row's request over that of the recipe on the retain rows: mean over seeds, ± half a 95% t-interval."""
+
+    def timed(seed: int, label: str) -> float:
+        case = nano_tofu(seed).case
+        began = time.process_time()
+        if label == "retrained":
+            fit(case, "retain", seed + 1001)
+        else:
+            name, chosen = settings(label)
+            unlearn(case, name, seed=seed, floor=None, **chosen)
+        return time.process_time() - began
+
+    spent: dict[str, list[float]] = {label: [] for label in ("retrained", *labels)}
+    for seed in seeds:
+        for label, seconds in spent.items():
+            seconds.append(kept(folder / _folder(label) / f"seed{seed}.json", partial(timed, seed, label)))
+            print(f"cost seed {seed} {label}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
+    lines = ["| model | seconds | cost |", "|---|---|---|"]
+    lines += [
+        f"| {label} | {spread(seconds)} | {spread([s / r for s, r in zip(seconds, spent['retrained'], strict=True)])} |"
+        for label, seconds in spent.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _relearning() -> Any:
     from expunge.audits.battery import default_attacks
 
@@ -332,6 +360,9 @@ NOTES = {
     "then, beside a model retrained without it.",
     "attacks": "Mean probability of the forgotten answers after each attack, in the runs of `fixed`: an epoch on kept rows, six updates on "
     "six forgotten rows, rounding to 8 and 4 bits, the best layer's logit lens, other wordings of the prompt. Verdict: of the whole audit.",
+    "cost": "Processor time of a request alone (no audit, one thread), in seconds and over that of retraining, in one process: settings "
+    "as in `fixed`. Whatever a method prepares is in it: reference log-likelihoods, generated alternatives, a reinforced or assistant "
+    "model, traced layers.",
     "sam": "Relearning on 12 forget rows (AdamW 1e-4, batches of 4, 24 updates), scored on the other 48.",
 }
 
@@ -341,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(prog="python -m expunge.benchmarks.language_tables", description=__doc__)
-    parser.add_argument("kind", choices=("fixed", "attacks", "matched", "muse", "scaling", "sam"))
+    parser.add_argument("kind", choices=("fixed", "attacks", "matched", "muse", "scaling", "cost", "sam"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, help="this seed alone")
     parser.add_argument("--only", default="", help="labels with semicolons between; default: all")
@@ -349,16 +380,18 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     began = time.perf_counter()
     note, of_muse = NOTES[chosen.kind], chosen.kind in ("muse", "scaling")
+    seeds = range(chosen.seeds) if chosen.seed is None else [chosen.seed]
     if chosen.kind == "sam":
         body, said = sam()
         note = f"{note} {said}"
     elif chosen.kind == "attacks":
         body = attacked()
     elif chosen.kind == "scaling":
-        body = scaled(range(chosen.seeds) if chosen.seed is None else [chosen.seed])
+        body = scaled(seeds)
+    elif chosen.kind == "cost":
+        body = costs(seeds)
     else:
         labels = [x.strip() for x in chosen.only.split(";") if x.strip()] or rows_of(chosen.kind)
-        seeds = range(chosen.seeds) if chosen.seed is None else [chosen.seed]
         body = markdown(table(chosen.kind, seeds, labels, FOLDER))
     if chosen.run_only:
         return

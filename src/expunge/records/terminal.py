@@ -67,20 +67,23 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_column("model")
     for _, heading in columns:
         table.add_column(heading, justify="right")
-    table.add_column("cost", justify="right")
+    costs = [row.cost("relative") for row in rows]
+    timed = any(cost is not None for cost in costs)  # retraining's time is unknown where the retrained model was given
+    if timed:
+        table.add_column("cost", justify="right")
     table.add_column("verdict")
     for subject in ("original", "retrained"):
         shared = comparison.shared(subject)
-        table.add_row(subject, *[_cell(shared.get(key)) for key, _ in columns], "1" if subject == "retrained" else "", "",
-                      style="dim")  # fmt: skip
+        one = ["1" if subject == "retrained" else ""] if timed else []
+        table.add_row(subject, *[_cell(shared.get(key)) for key, _ in columns], *one, "", style="dim")
     table.add_section()
-    for row in rows:
-        cost = row.cost("relative")
+    for row, cost in zip(rows, costs, strict=True):
         verdicts = ", ".join(
             f"{w}{'' if n == len(row.runs) else f' {n}/{len(row.runs)}'}" for w, n in row.verdicts.items()
         )
         values = [_cell(row.values.get(key, {}).get("unlearned")) for key, _ in columns]
-        table.add_row(row.label, *values, "" if cost is None else f"{cost.mean:.3f}", _coloured(verdicts))
+        one = ["" if cost is None else f"{cost.mean:.3f}"] if timed else []
+        table.add_row(row.label, *values, *one, _coloured(verdicts))
     return table
 
 
