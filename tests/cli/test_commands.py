@@ -174,6 +174,22 @@ def test_run_leaves_a_run_folder_and_resumes_it(shell, case_file):
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_what_a_method_keeps_goes_on_to_the_next_request(shell, case_file):
+    ssd = ("method={name: ssd, alpha: 5}", "floor=null", "--no-audit")
+    assert shell("run", case_file, *ssd).exit_code == 0
+    first = case_file.parent / "runs" / "threes"
+    next_one = (
+        "request={label: 5}", "method={name: ssd, alpha: 5, stored: always}", "floor=null", "out=runs/fives", "--no-audit",
+        f"model.weights={first / 'model' / 'model.safetensors'}",
+    )  # fmt: skip
+    alone = shell("run", case_file, *next_one)
+    assert alone.exit_code != 0 and "stored importance" in alone.text
+    result = shell("run", case_file, *next_one, "state=runs/threes")
+    assert result.exit_code == 0, result.output
+    record = json.loads((case_file.parent / "runs" / "fives" / "outcome.json").read_text())["record"]
+    assert record["notes"]["stored_importance_used"]
+
+
 def test_samples_from_a_text_file(shell, case_file):
     (case_file.parent / "ids.txt").write_text("3\n5\n8\n")
     assert "forget 3" in shell("validate", case_file, "request={samples: ids.txt}").text

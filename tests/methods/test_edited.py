@@ -14,7 +14,7 @@ from torch import nn
 from expunge import Case, Optimizer, TensorData, Training, requests, unlearn
 from expunge.engine import Workbench, fit
 from expunge.engine.layout import channels_last
-from expunge.errors import BadSetting, EmptyScope, ExpungeWarning, UnmetNeed
+from expunge.errors import BadData, BadSetting, EmptyScope, ExpungeWarning, UnmetNeed
 from expunge.methods.edited.fisher import noise_variance, own_label_fisher
 from expunge.methods.edited.influence import retain_gradients, woodbury, woodfisher
 from expunge.methods.edited.ssd import dampen, importance, selected
@@ -140,6 +140,42 @@ def test_stored_importance_is_used_for_the_same_weights_only():
     assert not other.record["notes"]["stored_importance_used"]
     with pytest.raises(UnmetNeed, match="stored importance"):
         unlearn(case, "ssd", stored="always")
+
+
+def test_a_run_folder_hands_the_importance_to_the_next_request(tmp_path):
+    case = card_case()
+    first = unlearn(case, "ssd", alpha=20, floor=None, run=tmp_path / "first")
+    fives = case.with_(request=requests.label(5))
+    alone, handed = (unlearn(fives, "ssd", alpha=20, floor=None, state=s) for s in (None, tmp_path / "first"))
+    assert handed.record["notes"]["stored_importance_used"]
+    assert all(torch.equal(a, b) for a, b in zip(alone.model.parameters(), handed.model.parameters(), strict=True))
+    read_back = unlearn(case, "ssd", alpha=20, floor=None, run=tmp_path / "first")
+    assert read_back.state["importance_about"] == first.state["importance_about"]
+    assert all(torch.equal(t, read_back.state["importance"][n]) for n, t in first.state["importance"].items())
+    assert (tmp_path / "first" / "state.safetensors").stat().st_mode & 0o077 == 0
+    # a run is another one where another state is handed to it
+    always = {"alpha": 20.0, "floor": None, "stored": "always", "run": tmp_path / "second"}
+    second = unlearn(fives, "ssd", state=first.state, **always)
+    zeros = {n: torch.zeros_like(t) for n, t in first.state["importance"].items()}
+    other = unlearn(fives, "ssd", state=first.state | {"importance": zeros}, **always)
+    assert second.record["weights"]["after"] != other.record["weights"]["after"]
+
+
+def test_what_is_no_state_is_told(tmp_path):
+    case = card_case()
+    unlearn(case, "fine_tune", epochs=1, floor=None, run=tmp_path)
+    with pytest.raises(UnmetNeed, match=r"no state\.safetensors"):
+        unlearn(case, "ssd", state=tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(BadData, match="damaged"):
+        unlearn(case, "ssd", state=tmp_path)
+
+
+def test_other_data_wants_an_importance_of_its_own():
+    case = card_case()
+    first = unlearn(case, "ssd", alpha=20, floor=None)
+    fewer = case.with_(data=case.data.subset(range(900)))
+    assert not unlearn(fewer, "ssd", alpha=20, floor=None, state=first.state).record["notes"]["stored_importance_used"]
 
 
 def test_ssd_says_when_nothing_can_be_selected():

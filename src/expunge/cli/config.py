@@ -265,6 +265,9 @@ class CaseFile(Section):
     audit: AuditPlan = AuditPlan()
     seeds: Seeds = Seeds()
     curves: Measuring | None = None
+    state: str | None = Field(
+        default=None, description="folder of an earlier run of a method that keeps something for the next request"
+    )
     floor: float | None = Field(
         default=0.5, gt=0, le=1, description="share of utility that must stay; null for no floor"
     )

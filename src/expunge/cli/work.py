@@ -50,7 +50,8 @@ def run(
         _check_request(case_file)
         outcome = unlearn(
             case, method.name, seed=case_file.seeds.unlearning, run=folder, device=device, floor=case_file.floor,
-            report=report, curves=curves, **method.settings,
+            report=report, curves=curves, state=None if case_file.state is None else case_file.path(case_file.state),
+            **method.settings,
         )  # fmt: skip
     disband()
     if follows():

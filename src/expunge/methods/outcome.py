@@ -17,6 +17,7 @@ from expunge.engine.measured import Curves
 from expunge.engine.rundir import RunDirectory, machine, versions
 from expunge.errors import BadSetting, UnmetNeed
 from expunge.methods.registry import Configured, Method, find
+from expunge.methods.state import digest_state, load_state, save_state
 from expunge.methods.stored import is_protected, save_protected
 from expunge.parts.guarded import is_saved, load_saved
 from expunge.parts.plan import Action, Edit, Exact, Guard, Plan, Protection
@@ -84,7 +85,7 @@ def unlearn(
     device: str | None = None,
     mixed_precision: str | None = None,
     floor: float | None = 0.5,
-    state: dict[str, Any] | None = None,
+    state: dict[str, Any] | str | Path | None = None,
     checkpoint_seconds: float = 30.0,
     checkpoint_steps: int | None = None,
     trackers: list[Any] | None = None,
@@ -103,7 +104,7 @@ def unlearn(
             finished one is read back.
         device, mixed_precision: as accelerate names them ("cpu", "cuda"; "bf16"); default: where the model is.
         floor: share of the original's utility on retain below which the best earlier state is restored. None: no floor.
-        state: `outcome.state` of the previous request, for methods that keep some.
+        state: `outcome.state` of an earlier request, or the folder of its run, for methods that keep something (ssd, lfssd).
         trackers: names that accelerate knows ("tensorboard"), or `accelerate.tracking.GeneralTracker` objects; they hear
             every logged loss.
         report: called with (text, done, total) for progress.
@@ -120,6 +121,8 @@ def unlearn(
         configured.check(case)
         action = configured.action(case)
     assert action is not None
+    if isinstance(state, (str, Path)):
+        state = load_state(state)
     config: dict[str, Any] = {
         "method": configured.name if configured else "custom",
         "settings": _plain(configured.values) if configured else {},
@@ -127,6 +130,7 @@ def unlearn(
         "seed": seed,
         "floor": floor,
         **({"stop": str(stop)} if stop is not None else {}),
+        **({"state": digest_state(state)} if state else {}),
     }
     if stop is not None and not isinstance(action, Plan):
         raise BadSetting(
@@ -167,7 +171,8 @@ def unlearn(
             from copy import deepcopy
 
             model = load_saved(directory.model_path, deepcopy(case.model))
-            return Outcome(model, finished["record"], configured, case, {}, finished.get("proof"), action)
+            left = load_state(run) if finished.get("state") else {}
+            return Outcome(model, finished["record"], configured, case, left, finished.get("proof"), action)
         directory.write_config(config)
         directory.write_environment()
         directory.write_json("request.json", case.describe()["request"])
@@ -180,7 +185,10 @@ def unlearn(
         else:
             directory.save_model(outcome.model)
             case.data.save_beside(directory.model_path)
-        directory.write_json("outcome.json", {"identity": identity, "record": outcome.record, "proof": outcome.proof})
+        if outcome.state:
+            save_state(outcome.state, directory.path)
+        left = {"record": outcome.record, "proof": outcome.proof, "state": bool(outcome.state)}
+        directory.write_json("outcome.json", {"identity": identity, **left})
         (directory.path / "checkpoint.safetensors").unlink(missing_ok=True)
         together()
         return outcome

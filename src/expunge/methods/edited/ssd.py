@@ -12,8 +12,8 @@ place of the loss, and |gradient| in place of its square.
 
 Departure: D is passed shuffled. The official code passes retain then forget rows, grouped by class where a class goes
 (`order="grouped"`). The order decides what a batch mean is, and so which alpha is useful; it is kept with the
-importance of D, which `outcome.state` carries to the next request. That importance belongs to the weights it was
-measured on: it is used again only for the same weights, unless `stored="always"` (no retain data at request time, at
+importance of D, which `outcome.state` carries to the next request. That importance belongs to the weights and the data
+it was measured on: it is used again only for the same, unless `stored="always"` (no retain data at request time, at
 the price of staleness).
 
 A limit to know: with importances per example, or of batches that are the same in D and D_f, I_D >= (|D_f|/N) I_F, so
@@ -52,7 +52,7 @@ Order = Annotated[
 ]
 Stored = Annotated[
     Literal["same_weights", "always", "never"],
-    setting("when a stored importance of D serves: measured on the same weights and settings, always, or never"),
+    setting("when a stored importance of D serves: measured on the same weights, data and settings, always, or never"),
 ]
 
 
@@ -91,14 +91,14 @@ def importance(bench: Workbench, on: str | Split, **measured: Any) -> Importance
 
 def importance_of_all(bench: Workbench, about: dict[str, Any], stored: str, measured: dict[str, Any]) -> Importance:
     """I_D, from `bench.state` where that serves, else measured; and kept there with what it is about."""
-    about = {**about, "weights": weights_digest(bench.model)}
+    about = {**about, "weights": weights_digest(bench.model), "data": bench.case.data.fingerprint()}
     kept, kept_about = bench.state.get("importance"), bench.state.get("importance_about", {})
     shapes = {n: p.shape for n, p in bench.model.named_parameters() if p.requires_grad}
     fits = kept is not None and {n: t.shape for n, t in kept.items()} == shapes
     if stored == "always" and not fits:
         raise UnmetNeed(
             "expected a stored importance of all data for this model's parameters (stored='always'), found "
-            f"{'none' if kept is None else 'one of other parameters'}; pass state=outcome.state of an earlier run"
+            f"{'none' if kept is None else 'one of other parameters'}; pass state: an earlier request's outcome.state or run folder"
         )
     reused = fits and (stored == "always" or (stored == "same_weights" and kept_about == about))
     bench.note("stored_importance_used", reused)
