@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -314,42 +312,6 @@ def test_regression_runs_the_same_objectives():
         outcome = unlearn(case, Plan(Term(objective), epochs=2, optimizer=Optimizer("sgd", lr=0.05)), floor=None)
         forget = lambda m: case.task.evaluate(m, case.split("forget").batches())["loss"]  # noqa: E731
         assert forget(outcome.model) > forget(case.model)
-
-
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from engine.test_loop import make_case, Plan, Term, likelihood, npo, SGD
-from expunge.engine import execute
-from safetensors.torch import save_file
-case = make_case()
-plan = Plan(Term(npo(0.2)), Term(likelihood(), "retain"), optimizer=SGD, epochs=2, batch_size=7, mode="eval")
-result = execute(plan, case, seed=4, device="cpu")
-import os
-if os.environ.get("RANK", "0") == "0":
-    save_file({{k: v.contiguous() for k, v in result.model.state_dict().items()}}, sys.argv[1])
-"""
-
-
-def test_two_processes_make_the_update_of_one(tmp_path):
-    import os
-
-    tests = str(Path(__file__).parents[1])
-    script = tmp_path / "job.py"
-    script.write_text(SCRIPT.format(tests=tests))
-    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
-    subprocess.run([sys.executable, str(script), str(one)], check=True, env=env, timeout=120)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    subprocess.run([*launch, str(script), str(two)], check=True, env={**env, "ACCELERATE_USE_CPU": "1"}, timeout=180)
-    from safetensors.torch import load_file
-
-    a, b = load_file(one), load_file(two)
-    assert a.keys() == b.keys()
-    for key in a:
-        if a[key].is_floating_point():
-            assert torch.allclose(a[key], b[key], atol=1e-5), key
 
 
 def test_losses_are_read_after_the_step_is_under_way(monkeypatch: pytest.MonkeyPatch):
