@@ -98,7 +98,7 @@ LONG = 30
 
 REACHING: dict[str, dict[str, Any]] = {
     "npo": {"schedule": "constant"}, "simnpo": {"schedule": "constant", "beta": 0.5}, "dpo": {"schedule": "constant", "beta": 0.05},
-    "idk": {"schedule": "constant", "lr": 1e-3},
+    "idk": {"schedule": "constant", "lr": 1e-3}, "undial": {"schedule": "constant", "lr": 1e-3, "beta": 20.0},
 }  # fmt: skip
 """What rows of the search of the level have of their own: with the fixed budget's settings no seed of theirs reaches it in `LONG`
 passes."""
