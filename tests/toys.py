@@ -19,7 +19,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 
 from expunge import Case, Optimizer, Regression, TensorData, Training, requests
-from expunge.engine import fit
+from expunge.audits.golds import original, retrain
 from expunge.seeds import generator
 
 torch.set_num_threads(1)
@@ -163,8 +163,17 @@ def toy(kind: str = "class", seed: int = 0) -> Toy:
         holdout = TensorData(inputs=x_test[:half], labels=(y_test[:half] + shift) % 10)
     case = Case(build(), TensorData(**columns), request, test=TensorData(inputs=x_test[half:], labels=y_test[half:]),
                 holdout=holdout, recipe=recipe, build=build, name=f"digits-{kind}")  # fmt: skip
-    case = case.with_(model=fit(case, "train", seed))
-    return Toy(case, fit(case, "retain", seed + 1))
+    return trained(case, seed)
+
+
+KEPT: Path | None = None
+"""Where the workers of one test run keep what they train, so that each model is trained once between them (tests/conftest.py)."""
+
+
+def trained(case: Case, seed: int) -> Toy:
+    """The case with its original, and a retrained model of the next seed."""
+    case = case.with_(model=original(case, seed, KEPT).model)
+    return Toy(case, retrain(case, seed + 1, KEPT).model)
 
 
 def _regression(seed: int) -> Toy:
@@ -177,8 +186,7 @@ def _regression(seed: int) -> Toy:
     case = Case(build(), TensorData(inputs=x[:340], labels=y[:340]), requests.where("labels", "<", 8.0),
                 test=TensorData(inputs=x[340:], labels=y[340:]), task=Regression(error="l1"), recipe=recipe, build=build,
                 name="diabetes")  # fmt: skip
-    case = case.with_(model=fit(case, "train", seed))
-    return Toy(case, fit(case, "retain", seed + 1))
+    return trained(case, seed)
 
 
 def _vae(seed: int, rows: int = 400, forget: int = 3) -> Toy:
@@ -187,8 +195,7 @@ def _vae(seed: int, rows: int = 400, forget: int = 3) -> Toy:
     recipe = Training(epochs=20, batch_size=32, optimizer=Optimizer("adam", lr=5e-3))
     case = Case(TinyVae(), images("train", rows), requests.label(forget), test=images("test", 200), task="vae", recipe=recipe,
                 build=TinyVae, name="vae")  # fmt: skip
-    case = case.with_(model=fit(case, "train", seed))
-    return Toy(case, fit(case, "retain", seed + 1))
+    return trained(case, seed)
 
 
 PEOPLE, FORGOTTEN, UNSEEN = 30, 8, 8
@@ -278,8 +285,7 @@ def _language(seed: int) -> Toy:
     build = lambda: tiny_llama(len(words_tokenizer()))  # noqa: E731
     case = Case(build(), table, requests.where("person", ">=", PEOPLE - FORGOTTEN), task="language",
                 holdout=language_table(range(PEOPLE, PEOPLE + UNSEEN)), recipe=recipe, build=build, name="facts")  # fmt: skip
-    case = case.with_(model=fit(case, "train", seed))
-    return Toy(case, fit(case, "retain", seed + 1))
+    return trained(case, seed)
 
 
 @cache
