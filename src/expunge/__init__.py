@@ -43,6 +43,7 @@ _FACE = {
     "Training": "expunge.parts.plan",
     "Outcome": "expunge.methods.outcome",
     "method": "expunge.methods",
+    "prepare": "expunge.methods.outcome",
     "protect": "expunge.methods.outcome",
     "unlearn": "expunge.methods.outcome",
     "Audit": "expunge.records.audit",

@@ -190,6 +190,17 @@ def test_what_a_method_keeps_goes_on_to_the_next_request(shell, case_file):
     assert record["notes"]["stored_importance_used"]
 
 
+def test_what_is_prepared_serves_a_request(shell, case_file, tmp_path):
+    result = shell("prepare", case_file, "method=ssd", "request=null", "--out", tmp_path / "kept")
+    assert result.exit_code == 0 and "kept for later requests" in result.text, result.output
+    ssd = ("method={name: ssd, alpha: 5}", "floor=null", "--no-audit")
+    served = shell("run", case_file, *ssd, f"state={tmp_path / 'kept'}")
+    assert served.exit_code == 0, served.output
+    record = json.loads((case_file.parent / "runs" / "threes" / "outcome.json").read_text())["record"]
+    assert record["notes"]["stored_importance_used"]
+    assert "one of" in shell("prepare", case_file).text  # salun has nothing to measure
+
+
 def test_samples_from_a_text_file(shell, case_file):
     (case_file.parent / "ids.txt").write_text("3\n5\n8\n")
     assert "forget 3" in shell("validate", case_file, "request={samples: ids.txt}").text

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge import Case, Optimizer, TensorData, Training, requests, unlearn
+from expunge import Case, Optimizer, TensorData, Training, prepare, requests, unlearn
 from expunge.engine import Workbench, fit
 from expunge.engine.layout import channels_last
 from expunge.errors import BadData, BadSetting, EmptyScope, ExpungeWarning, UnmetNeed
@@ -159,6 +159,26 @@ def test_a_run_folder_hands_the_importance_to_the_next_request(tmp_path):
     zeros = {n: torch.zeros_like(t) for n, t in first.state["importance"].items()}
     other = unlearn(fives, "ssd", state=first.state | {"importance": zeros}, **always)
     assert second.record["weights"]["after"] != other.record["weights"]["after"]
+
+
+@pytest.mark.parametrize("name", ["ssd", "lfssd"])
+def test_what_is_measured_before_any_request_serves_it_to_the_same_tensors(name, tmp_path):
+    case = card_case()
+    before = deepcopy(case.model.state_dict())
+    kept = prepare(case.with_(request=requests.none()), name, run=tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
+    alone = unlearn(case, name, alpha=5, floor=None)
+    for state in (kept, tmp_path):
+        served = unlearn(case, name, alpha=5, floor=None, state=state)
+        assert served.record["notes"]["stored_importance_used"]
+        assert all(torch.equal(a, b) for a, b in zip(alone.model.parameters(), served.model.parameters(), strict=True))
+    with pytest.raises(BadSetting, match="grouped"):
+        prepare(case, name, order="grouped")
+
+
+def test_methods_that_measure_nothing_beforehand_are_told():
+    with pytest.raises(UnmetNeed, match=r"one of .*ssd.*, found 'salun'"):
+        prepare(card_case(), "salun")
 
 
 def test_what_is_no_state_is_told(tmp_path):

@@ -266,7 +266,7 @@ class CaseFile(Section):
     seeds: Seeds = Seeds()
     curves: Measuring | None = None
     state: str | None = Field(
-        default=None, description="folder of an earlier run of a method that keeps something for the next request"
+        default=None, description="folder of `expunge prepare`, or of an earlier run of a method that keeps something"
     )
     floor: float | None = Field(
         default=0.5, gt=0, le=1, description="share of utility that must stay; null for no floor"

@@ -203,6 +203,14 @@ def protect(case: CaseArgument, overrides: Overrides = None, out: Out = None) ->
 
 
 @app.command()
+def prepare(case: CaseArgument, overrides: Overrides = None, out: Out = None) -> None:
+    """Measure what the case's method can before any request (SSD's importance of all data), and keep it for state: DIR."""
+    from expunge.cli import work
+
+    work.prepare(case, overrides or [], out)
+
+
+@app.command()
 def bench(
     which: Annotated[str, typer.Argument(metavar="BENCHMARK", help="tofu, muse or canvas")],
     methods: Annotated[str, typer.Option(help="names with commas between; settings as 'npo:beta=0.05:lr=1e-5'")] = "",

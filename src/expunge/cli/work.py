@@ -194,6 +194,24 @@ def protect(file: Path, overrides: list[str], out: Path | None) -> None:
     _audit(case_file, outcome, folder, None, case_file.audit.chosen(), case_file.seeds.audit)
 
 
+def prepare(file: Path, overrides: list[str], out: Path | None) -> None:
+    """What the method can measure before any request, into DIR/state.safetensors."""
+    from expunge.methods.outcome import prepare as preparing
+
+    case_file = read_case(file, overrides)
+    method, folder = _method(case_file), out or case_file.run_folder
+    with show.Report() as report:
+        case = build_case(case_file)
+        report(f"measuring for {method.name}", 0, 1)
+        preparing(case, method.name, seed=case_file.seeds.unlearning, run=folder, **method.settings)
+        report(f"measuring for {method.name}", 1, 1)
+    show.out().print(f"kept for later requests: {escape(str(folder))}", soft_wrap=True)
+    show.out().print(
+        f"serve one: expunge run {escape(str(file))} state={escape(str(folder.resolve()))} 'request={{samples: [...]}}' out=DIR",
+        soft_wrap=True,
+    )
+
+
 def demo(folder: Path, quick: bool) -> None:
     """Run the demo, print a table for each of its requests, and where the page and the certificate are."""
     from expunge.benchmarks.demo import run as running

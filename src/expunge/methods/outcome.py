@@ -212,6 +212,30 @@ def protect(case: Case, method: str, *, seed: int = 0, **settings: Any) -> nn.Mo
     return found.learn(case, seed=seed, **found.configure(**settings).values)
 
 
+def prepare(
+    case: Case, method: str, *, seed: int = 0, run: str | Path | None = None, device: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """What a method can measure on the trained model and its training rows before any request arrives (SSD's importance of all data).
+
+    The case's request is not looked at. Hand what comes back, or the folder `run` where it is kept, to each request:
+    `unlearn(case, method, state=...)`; it then needs less time, and with `stored="always"` no retain data.
+    """
+    found = find(method)
+    if found.prepare is None:
+        from expunge.methods.registry import methods
+
+        able = [name for name, m in methods().items() if m.prepare is not None]
+        raise UnmetNeed(
+            f"expected a method that measures something before a request, one of {', '.join(able)}, found '{method}'; "
+            "call unlearn(case, method) directly"
+        )
+    state = found.prepare(case, seed=seed, device=device, **found.configure(**settings).values)
+    if run is not None:
+        with RunDirectory(run) as directory:
+            save_state(state, directory.path)
+    return state
+
+
 def _record(
     case: Case, configured: Configured | None, action: Action, config: dict[str, Any], result: Result
 ) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Method:
     contrib: bool = False
     learn: Callable[..., Any] | None = None
     rebuild: Callable[..., Any] | None = None
+    prepare: Callable[..., dict[str, Any]] | None = None
 
     @cached_property
     def settings(self) -> type[BaseModel]:
@@ -199,10 +200,12 @@ def method(
     contrib: bool = False,
     learn: Callable[..., Any] | None = None,
     rebuild: Callable[..., Any] | None = None,
+    prepare: Callable[..., dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Action]], Callable[..., Action]]:
     """Register a function of settings as a method under its own name. learn: for methods that act at training time, a
     function (case, seed, **settings) -> trained nn.Module, reached by `expunge.protect`; rebuild: (base, **structure) ->
-    the same model with empty tensors, for `stored.load_protected`."""
+    the same model with empty tensors, for `stored.load_protected`; prepare: (case, seed, device, **settings) -> what a trained
+    model's training rows tell before any request, reached by `expunge.prepare`."""
     declared = (
         (family, FAMILIES, "family"),
         (intention, INTENTIONS, "intention"),
@@ -232,6 +235,7 @@ def method(
             contrib,
             learn,
             rebuild,
+            prepare,
         )
         return function
 

@@ -11,10 +11,10 @@ https://arxiv.org/abs/2308.07707. With B batches b of all data D (and likewise I
 place of the loss, and |gradient| in place of its square.
 
 Departure: D is passed shuffled. The official code passes retain then forget rows, grouped by class where a class goes
-(`order="grouped"`). The order decides what a batch mean is, and so which alpha is useful; it is kept with the
-importance of D, which `outcome.state` carries to the next request. That importance belongs to the weights and the data
-it was measured on: it is used again only for the same, unless `stored="always"` (no retain data at request time, at
-the price of staleness).
+(`order="grouped"`). The order decides what a batch mean is, and so which alpha is useful. The importance of D is measured
+once, ever: before any request by `expunge.prepare`, or at the first, and `outcome.state` carries it to the next. It belongs
+to the weights and the data it was measured on: it is used again only for the same, unless `stored="always"` (no retain data
+at request time, at the price of staleness).
 
 A limit to know: with importances per example, or of batches that are the same in D and D_f, I_D >= (|D_f|/N) I_F, so
 nothing could be selected once alpha >= N/|D_f|. What is selected there lives off how shuffling mixes batches; a
@@ -23,6 +23,8 @@ warning says so.
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -31,12 +33,13 @@ from torch import Tensor
 from expunge.cases.data import Split
 from expunge.engine.execute import weights_digest
 from expunge.engine.layout import channels_last
-from expunge.errors import EmptyScope, ExpungeWarning, UnmetNeed
+from expunge.engine.workbench import Workbench
+from expunge.errors import BadSetting, EmptyScope, ExpungeWarning, UnmetNeed
 from expunge.methods.registry import method, setting
 from expunge.parts.plan import Edit
 
 if TYPE_CHECKING:
-    from expunge.engine.workbench import Workbench
+    from expunge.cases.case import Case
     from expunge.parts.step import Step
 
 Importance = dict[str, Tensor]
@@ -89,7 +92,7 @@ def importance(bench: Workbench, on: str | Split, **measured: Any) -> Importance
     return {name: value.contiguous() for name, value in found.items()}
 
 
-def importance_of_all(bench: Workbench, about: dict[str, Any], stored: str, measured: dict[str, Any]) -> Importance:
+def importance_of_all(bench: Workbench, about: dict[str, Any], measured: dict[str, Any], stored: str) -> Importance:
     """I_D, from `bench.state` where that serves, else measured; and kept there with what it is about."""
     about = {**about, "weights": weights_digest(bench.model), "data": bench.case.data.fingerprint()}
     kept, kept_about = bench.state.get("importance"), bench.state.get("importance_about", {})
@@ -110,12 +113,34 @@ def importance_of_all(bench: Workbench, about: dict[str, Any], stored: str, meas
     return found
 
 
-def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str, label_free: bool) -> Edit:
-    """The edit of both variants."""
+def measuring(batch_size: int, order: str, label_free: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How an importance is measured: what its keeper has to know of that, and the keywords of `Workbench.importance`."""
+    about = {"batch_size": batch_size, "order": order, "label_free": label_free}
     measured: dict[str, Any] = {"batch_size": batch_size, "shuffled": order == "shuffled"}
     if label_free:
         measured |= {"power": 1, "energy": output_energy}
-    about = {"batch_size": batch_size, "order": order, "label_free": label_free}
+    return about, measured
+
+
+def prepared(
+    case: Case, seed: int, device: str | None, batch_size: int, order: str, label_free: bool = False, **_: Any
+) -> dict[str, Any]:
+    """I_D before any request ("once, ever"): the state of a request that would have measured it."""
+    if order == "grouped":
+        raise BadSetting(
+            "expected order='shuffled' before a request, found 'grouped', which passes the forget rows last; choose shuffled, or "
+            "let the first request measure"
+        )
+    model = copy.deepcopy(case.model)
+    place = torch.device(device) if device else next(model.parameters()).device
+    bench = Workbench(case, model.to(place), seed, place)
+    importance_of_all(bench, *measuring(batch_size, order, label_free), stored="never")
+    return bench.state
+
+
+def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str, label_free: bool) -> Edit:
+    """The edit of both variants."""
+    about, measured = measuring(batch_size, order, label_free)
 
     @torch.no_grad()
     def apply(bench: Workbench) -> None:
@@ -127,7 +152,7 @@ def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str,
                 "the noted selected_fraction",
                 ExpungeWarning,
             )
-        I_D = importance_of_all(bench, about, stored, measured)
+        I_D = importance_of_all(bench, about, measured, stored)
         I_F = importance(bench, "forget", **measured)
         count, total = 0, 0
         for name, theta in bench.model.named_parameters():
@@ -145,7 +170,7 @@ def ssd_edit(alpha: float, lam: float, batch_size: int, order: str, stored: str,
 
 @method(
     family="edited", needs=("labels",), intention="removal", mechanism="dampening",
-    paper="Foster et al., AAAI 2024, 2308.07707",
+    paper="Foster et al., AAAI 2024, 2308.07707", prepare=prepared,
 )  # fmt: skip
 def ssd(
     alpha: Alpha = 10.0, lam: Lam = 1.0, batch_size: BatchSize = 64, order: Order = "shuffled",
@@ -157,6 +182,7 @@ def ssd(
 
 @method(
     family="edited", intention="removal", mechanism="dampening", paper="Foster et al., 2024, 2402.19308",
+    prepare=partial(prepared, label_free=True),
 )  # fmt: skip
 def lfssd(
     alpha: Alpha = 10.0, lam: Lam = 1.0, batch_size: BatchSize = 64, order: Order = "shuffled",
