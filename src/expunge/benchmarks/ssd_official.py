@@ -9,8 +9,8 @@ loader, that of the full loader, then `modify_weight`. Batches are in the offici
 rows, not shuffled). Three ratios, because they differ:
 
 * `request`: both importances are computed here as there;
-* `stored`: the importance of D is there already (`outcome.state`), as SSD is designed: one pass over D, once, ever, at any
-  moment before the first request (the official comment says so too, though its strategy measures it at each request);
+* `stored`: the importance of D is there already (`expunge.prepare`, or an earlier request's `outcome.state`), as SSD is designed: one
+  pass over D, once, ever (the official comment says so too, though its strategy measures it at each request);
 * `passes`: the gradient passes alone, official data loading excluded (batches made beforehand).
 """
 
@@ -218,9 +218,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for k in given.kinds
     ]
     body = (
-        "Columns `request`, `stored` and `passes` are times of ours over the official code's (median of rounds in turns; goal "
-        f"<= 0.6): with both importances computed, with the stored importance of D, and over the official code with its "
-        f"batches made beforehand.\n\n{table(rows)}"
+        "Columns `request`, `stored` and `passes` are times of ours over the official code's request (median of rounds in turns; goal "
+        "<= 0.6): with both importances computed; with the importance of D measured before, once for all requests, as SSD is "
+        "designed (`expunge.prepare`, or an earlier request); and, as the first, over the official code with its batches made "
+        f"beforehand.\n\n{table(rows)}"
     )
     publish(
         NAME,
