@@ -18,6 +18,7 @@ from expunge.errors import BadData, BadSetting, EmptyScope, ExpungeWarning, Unme
 from expunge.methods.edited.fisher import noise_variance, own_label_fisher
 from expunge.methods.edited.influence import retain_gradients, woodbury, woodfisher
 from expunge.methods.edited.ssd import dampen, importance, selected
+from expunge.methods.state import save_state
 from toys import digits, mlp
 
 
@@ -189,6 +190,9 @@ def test_what_is_no_state_is_told(tmp_path):
     (tmp_path / "state.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(BadData, match="damaged"):
         unlearn(case, "ssd", state=tmp_path)
+    with pytest.raises(BadSetting, match="found set under 'served'"):
+        save_state({"served": {1, 2}}, tmp_path)
+    assert (tmp_path / "state.safetensors").read_bytes() == b"\0" * 40
 
 
 def test_other_data_wants_an_importance_of_its_own():

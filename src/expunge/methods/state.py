@@ -3,7 +3,7 @@
     unlearn(case, "ssd", run="runs/first")                                       # leaves runs/first/state.safetensors
     unlearn(next_case, "ssd", stored="always", state="runs/first")               # no pass over all data
 
-A value of the state is a mapping of names to tensors, or plain JSON. The file is the owner's alone to read: what is kept was
+A value of the state is a mapping of names to tensors, or plain JSON; a key has no "/". The file is the owner's alone to read: what is kept was
 measured with the forgotten rows among the others.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expunge.errors import BadData, UnmetNeed
+from expunge.errors import BadData, BadSetting, UnmetNeed
 from expunge.files import digest_bytes, digest_weights, write_atomic
 from expunge.methods.stored import PRIVATE
 
@@ -25,7 +25,7 @@ FILE = "state.safetensors"
 
 
 def save_state(state: Mapping[str, Any], folder: Path) -> None:
-    """Write the state into the folder, whole or not at all."""
+    """Write the state into the folder, whole or not at all. Raises `BadSetting` for a value that is neither tensors nor JSON."""
     from safetensors.torch import save
 
     tensors, plain = _parts(state)
@@ -74,4 +74,11 @@ def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
             tensors |= {f"{key}/{name}": t.detach().cpu().contiguous().clone() for name, t in value.items()}
         else:
             plain[key] = value
+        try:
+            json.dumps(plain.get(key))
+        except TypeError as error:
+            raise BadSetting(
+                f"expected what a method keeps as names with tensors, or as plain JSON, found {type(value).__name__} under '{key}'; "
+                "keep it in one of these forms"
+            ) from error
     return tensors, plain
