@@ -3,8 +3,8 @@
     unlearn(case, "ssd", run="runs/first")                                       # leaves runs/first/state.safetensors
     unlearn(next_case, "ssd", stored="always", state="runs/first")               # no pass over all data
 
-A value of the state is a mapping of names to tensors, or plain JSON; a key has no "/". The file is the owner's alone to read: what is kept was
-measured with the forgotten rows among the others.
+A value of the state is a mapping of names to tensors, or plain JSON; a key has no "/". The file is the owner's alone to read:
+what is kept was measured with the forgotten rows among the others.
 """
 
 from __future__ import annotations
