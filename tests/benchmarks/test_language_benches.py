@@ -83,30 +83,14 @@ def test_forgotten_samples_are_shown_only_when_asked_for(brief):
     assert "Forgotten" in page and sum(str(escape(q)) in page for q in questions) == 3
 
 
-def test_muse_from_command_to_table(brief):
+def test_muse_from_command_to_table_and_scaling(brief):
     out = brief / "muse"
     shown = command(
         "bench", "muse", "--methods", "grad_diff:epochs=1", "--no-attacks", "--folds", "2", "--out", str(out)
     )
-    assert (
-        "sustainability" in shown
-        and len(json.loads((out / "scaling.json").read_text())["grad_diff"]["scalability"]) == 2
-    )
-    assert "PrivLeak" in shown and "KnowMem r" in shown
-
-
-def test_muse_holds_out_windows_that_training_never_sees(brief):
-    case = muse.nano_muse(0)
-    seen, held = set(case.train_digests), case.splits["holdout"]
-    assert not seen & set(held.data.row_digests(held.ids))
-    assert len(case.split("forget")) == 12 and len(case.split("retain")) == 24
-    folds = case.data.column("fold")
-    assert [int((folds == k).sum()) for k in range(4)] == [3, 3, 3, 3]
-
-
-def test_scaling_forgets_nested_and_successive_folds(brief):
-    case = muse.nano_muse(0)
-    found = muse.scaling(case, "grad_diff", {"lr": 3e-3, "epochs": 2, "batch_size": 4}, folds=2)
+    assert "sustainability" in shown and "PrivLeak" in shown and "KnowMem r" in shown
+    # nested folds from the original, and folds in turn
+    found = json.loads((out / "scaling.json").read_text())["grad_diff"]
     for steps in found.values():
         assert [step["step"] for step in steps] == [1, 2]
         for step in steps:
@@ -120,10 +104,20 @@ def test_scaling_forgets_nested_and_successive_folds(brief):
     assert (
         first == alone and second != found["scalability"][1]["scores"]
     )  # the second request starts from the first's model
+    case = muse.nano_muse(0)
     # a cloze is asked once its window is to be gone
     asked = [len(muse._gone_by(case, k).probe("knowmem_forget")) for k in range(4)]
     assert asked == sorted(asked) and asked[0] < asked[3] == len(case.probe("knowmem_forget"))
     assert len(muse._gone_by(case, 0).split("forget")) == 3
+
+
+def test_muse_holds_out_windows_that_training_never_sees(brief):
+    case = muse.nano_muse(0)
+    seen, held = set(case.train_digests), case.splits["holdout"]
+    assert not seen & set(held.data.row_digests(held.ids))
+    assert len(case.split("forget")) == 12 and len(case.split("retain")) == 24
+    folds = case.data.column("fold")
+    assert [int((folds == k).sum()) for k in range(4)] == [3, 3, 3, 3]
 
 
 def hub_folder(root, ending=".json"):
