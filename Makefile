@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 RUN := .venv/bin/python
 # One thread for each worker: two processes of two threads on two cores only get in each other's way.
+# A file is one worker's, since its tests share what they trained.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help: ## this list
@@ -29,7 +30,7 @@ test: .venv/.installed ## lint, format, types, floors, tests
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	$(ONE_THREAD) $(RUN) -m pytest -n 2
+	$(ONE_THREAD) $(RUN) -m pytest -n 2 --dist loadfile
 
 test-shards: .venv/.installed ## FSDP2 on two processes (a quiet machine)
 	EXPUNGE_TEST_SHARDS=1 $(ONE_THREAD) $(RUN) -m pytest -rP tests/engine/test_distribution.py tests/engine/test_accelerate_configs.py
