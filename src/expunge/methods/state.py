@@ -44,7 +44,7 @@ def load_state(place: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.exists():
         raise UnmetNeed(
             f"expected the folder of a run whose method keeps something for the next request (ssd, lfssd), found no {FILE} at "
-            f"{place}; run that request first, or drop state"
+            f"{place}; run that request first, call expunge prepare, or drop state"
         )
     try:
         with safe_open(str(file), framework="pt") as opened:
