@@ -137,6 +137,9 @@ def test_stored_importance_is_used_for_the_same_weights_only():
     assert not unlearn(moved, "ssd", alpha=20, floor=None, state=first.state).record["notes"]["stored_importance_used"]
     stale = unlearn(moved, "ssd", alpha=20, floor=None, state=first.state, stored="always")
     assert stale.record["notes"]["stored_importance_used"]
+    assert any("before this request, and on other weights" in w for w in stale.warnings)
+    assert any("before this request; the pass" in w for w in again.warnings)
+    assert not any("before this request" in w for w in first.warnings)  # what a request costs says what it leaves out
     other = unlearn(case, "ssd", alpha=20, floor=None, state=first.state, batch_size=32)
     assert not other.record["notes"]["stored_importance_used"]
     with pytest.raises(UnmetNeed, match="stored importance"):

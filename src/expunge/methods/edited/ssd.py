@@ -106,6 +106,11 @@ def importance_of_all(bench: Workbench, about: dict[str, Any], measured: dict[st
     reused = fits and (stored == "always" or (stored == "same_weights" and kept_about == about))
     bench.note("stored_importance_used", reused)
     if reused:
+        stale = "" if kept_about == about else ", and on other weights, data or settings: it is stale"
+        bench.warn(
+            f"the importance of all data was measured before this request{stale}; the pass over all data is not in its cost",
+            ExpungeWarning,
+        )
         return {n: t.to(bench.device) for n, t in kept.items()}
     rows = all_rows(bench, by_class="energy" not in measured) if about["order"] == "grouped" else "train"
     found = importance(bench, rows, **measured)
