@@ -169,7 +169,9 @@ def test_a_run_folder_hands_the_importance_to_the_next_request(tmp_path):
 def test_what_is_measured_before_any_request_serves_it_to_the_same_tensors(name, tmp_path):
     case = card_case()
     before = deepcopy(case.model.state_dict())
-    kept = prepare(case.with_(request=requests.none()), name, run=tmp_path)
+    told: list[tuple[str, int, int]] = []
+    kept = prepare(case.with_(request=requests.none()), name, run=tmp_path, report=lambda *given: told.append(given))
+    assert told == [("gradients of train", 64 * i, 1000) for i in range(16)]
     assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
     alone = unlearn(case, name, alpha=5, floor=None)
     for state in (kept, tmp_path):
@@ -183,6 +185,25 @@ def test_what_is_measured_before_any_request_serves_it_to_the_same_tensors(name,
 def test_methods_that_measure_nothing_beforehand_are_told():
     with pytest.raises(UnmetNeed, match=r"one of .*ssd.*, found 'salun'"):
         prepare(card_case(), "salun")
+
+
+def test_a_run_takes_the_place_of_what_an_earlier_one_kept(tmp_path):
+    """Or the next request would be handed what another method, or another model, was measured by."""
+    case = card_case()
+    prepare(case, "ssd", run=tmp_path)
+    unlearn(case, "fine_tune", epochs=1, floor=None, run=tmp_path)
+    assert (tmp_path / "state.safetensors").exists()  # prepared by its owner, not by a run: it stays
+    unlearn(case, "ssd", alpha=5, floor=None, run=tmp_path)
+    unlearn(case, "fine_tune", epochs=1, floor=None, run=tmp_path)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_what_a_method_needs_is_asked_before_it_measures():
+    case = card_case()
+    nameless = Case(case.model, TensorData(inputs=case.data.column("inputs")), requests.samples([1, 2]))
+    with pytest.raises(UnmetNeed, match="ssd needs"):
+        prepare(nameless, "ssd")
+    assert "importance" in prepare(nameless, "lfssd")
 
 
 def test_what_is_no_state_is_told(tmp_path):

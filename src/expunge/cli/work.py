@@ -202,9 +202,7 @@ def prepare(file: Path, overrides: list[str], out: Path | None) -> None:
     method, folder = _method(case_file), out or case_file.run_folder
     with show.Report() as report:
         case = build_case(case_file)
-        report(f"measuring for {method.name}", 0, 1)
-        preparing(case, method.name, seed=case_file.seeds.unlearning, run=folder, **method.settings)
-        report(f"measuring for {method.name}", 1, 1)
+        preparing(case, method.name, seed=case_file.seeds.unlearning, run=folder, report=report, **method.settings)
     show.out().print(f"kept for later requests: {escape(str(folder))}", soft_wrap=True)
     show.out().print(
         f"serve one: expunge run {escape(str(file))} state={escape(str(folder.resolve()))} 'request={{samples: [...]}}' out=DIR",

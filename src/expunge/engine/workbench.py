@@ -133,9 +133,10 @@ class Workbench:
         # half precision squares to zero: sums are kept in float32 there
         kind = {p: torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype for p in parameters}
         total, count = [torch.zeros_like(p, dtype=kind[p]) for p in parameters], 0
-        split = on if isinstance(on, str) else on.name
+        split, rows = (on, self.splits[on]) if isinstance(on, str) else (on.name, on)
         with _modes(self.model, training=False):
             for batch in self.batches(on, batch_size, shuffled=shuffled, purpose="importance"):
+                self.progress(f"gradients of {split}", count * batch_size, len(rows))
                 if self.task.draws:
                     batch = self.task.prepare(batch, generator(self.seed, "prepare", split, count))
                 step = self.step(batch, split)

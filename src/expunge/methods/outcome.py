@@ -16,7 +16,8 @@ from expunge.engine.execute import Result, execute, run_identity, weights_digest
 from expunge.engine.measured import Curves
 from expunge.engine.rundir import RunDirectory, machine, versions
 from expunge.errors import BadSetting, UnmetNeed
-from expunge.methods.registry import Configured, Method, find
+from expunge.methods.registry import Configured, Method, find, methods
+from expunge.methods.state import FILE as STATE
 from expunge.methods.state import digest_state, load_state, save_state
 from expunge.methods.stored import is_protected, save_protected
 from expunge.parts.guarded import is_saved, load_saved
@@ -104,7 +105,8 @@ def unlearn(
             finished one is read back.
         device, mixed_precision: as accelerate names them ("cpu", "cuda"; "bf16"); default: where the model is.
         floor: share of the original's utility on retain below which the best earlier state is restored. None: no floor.
-        state: `outcome.state` of an earlier request, or the folder of its run, for methods that keep something (ssd, lfssd).
+        state: `outcome.state` of an earlier request or what `prepare` returned, or the folder where that is, for methods that
+            keep something (ssd, lfssd).
         trackers: names that accelerate knows ("tensorboard"), or `accelerate.tracking.GeneralTracker` objects; they hear
             every logged loss.
         report: called with (text, done, total) for progress.
@@ -187,6 +189,8 @@ def unlearn(
             case.data.save_beside(directory.model_path)
         if outcome.state:
             save_state(outcome.state, directory.path)
+        elif finished is not None and finished.get("state"):  # an earlier run's, which is no longer here
+            (directory.path / STATE).unlink(missing_ok=True)
         left = {"record": outcome.record, "proof": outcome.proof, "state": bool(outcome.state)}
         directory.write_json("outcome.json", {"identity": identity, **left})
         (directory.path / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -202,19 +206,17 @@ def protect(case: Case, method: str, *, seed: int = 0, **settings: Any) -> nn.Mo
     """
     found = find(method)
     if found.learn is None:
-        from expunge.methods.registry import methods
-
-        able = [name for name, m in methods().items() if m.learn is not None]
         raise UnmetNeed(
-            f"expected a method that acts at training time, one of {', '.join(able)}, found '{method}', which works on any "
+            f"expected a method that acts at training time, one of {_with('learn')}, found '{method}', which works on any "
             "trained model; call unlearn(case, method) directly"
         )
     return found.learn(case, seed=seed, **found.configure(**settings).values)
 
 
 def prepare(
-    case: Case, method: str, *, seed: int = 0, run: str | Path | None = None, device: str | None = None, **settings: Any
-) -> dict[str, Any]:
+    case: Case, method: str, *, seed: int = 0, run: str | Path | None = None, device: str | None = None,
+    report: Callable[[str, int, int], None] | None = None, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
     """What a method can measure on the trained model and its training rows before any request arrives (SSD's importance of all data).
 
     The case's request is not looked at. Hand what comes back, or the folder `run` where it is kept, to each request:
@@ -222,18 +224,22 @@ def prepare(
     """
     found = find(method)
     if found.prepare is None:
-        from expunge.methods.registry import methods
-
-        able = [name for name, m in methods().items() if m.prepare is not None]
         raise UnmetNeed(
-            f"expected a method that measures something before a request, one of {', '.join(able)}, found '{method}'; "
+            f"expected a method that measures something before a request, one of {_with('prepare')}, found '{method}'; "
             "call unlearn(case, method) directly"
         )
-    state = found.prepare(case, seed=seed, device=device, **found.configure(**settings).values)
+    configured = found.configure(**settings)
+    configured.check(case)
+    state = found.prepare(case, seed=seed, device=device, report=report, **configured.values)
     if run is not None:
         with RunDirectory(run) as directory:
             save_state(state, directory.path)
     return state
+
+
+def _with(part: str) -> str:
+    """The names of the methods that have this part."""
+    return ", ".join(name for name, found in methods().items() if getattr(found, part) is not None)
 
 
 def _record(

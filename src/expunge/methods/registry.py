@@ -204,7 +204,7 @@ def method(
 ) -> Callable[[Callable[..., Action]], Callable[..., Action]]:
     """Register a function of settings as a method under its own name. learn: for methods that act at training time, a
     function (case, seed, **settings) -> trained nn.Module, reached by `expunge.protect`; rebuild: (base, **structure) ->
-    the same model with empty tensors, for `stored.load_protected`; prepare: (case, seed, device, **settings) -> what a trained
+    the same model with empty tensors, for `stored.load_protected`; prepare: (case, seed, device, report, **settings) -> what a trained
     model's training rows tell before any request, reached by `expunge.prepare`."""
     declared = (
         (family, FAMILIES, "family"),

@@ -72,13 +72,13 @@ def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
     for key, value in state.items():
         if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
             tensors |= {f"{key}/{name}": t.detach().cpu().contiguous().clone() for name, t in value.items()}
-        else:
-            plain[key] = value
+            continue
         try:
-            json.dumps(plain.get(key))
+            json.dumps(value)
         except TypeError as error:
             raise BadSetting(
                 f"expected what a method keeps as names with tensors, or as plain JSON, found {type(value).__name__} under '{key}'; "
                 "keep it in one of these forms"
             ) from error
+        plain[key] = value
     return tensors, plain

@@ -128,7 +128,14 @@ def measuring(batch_size: int, order: str, label_free: bool) -> tuple[dict[str, 
 
 
 def prepared(
-    case: Case, seed: int, device: str | None, batch_size: int, order: str, label_free: bool = False, **_: Any
+    case: Case,
+    seed: int,
+    device: str | None,
+    report: Any,
+    batch_size: int,
+    order: str,
+    label_free: bool = False,
+    **_: Any,
 ) -> dict[str, Any]:
     """I_D before any request ("once, ever"): the state of a request that would have measured it."""
     if order == "grouped":
@@ -138,7 +145,7 @@ def prepared(
         )
     model = copy.deepcopy(case.model)
     place = torch.device(device) if device else next(model.parameters()).device
-    bench = Workbench(case, model.to(place), seed, place)
+    bench = Workbench(case, model.to(place), seed, place, report=report)
     importance_of_all(bench, *measuring(batch_size, order, label_free), stored="never")
     return bench.state
 
